@@ -1,0 +1,217 @@
+"""What every command shares: its common flags, how its arguments are parsed, and where its words go.
+
+Results go to standard output; progress, notes and errors to standard error. With --json standard output holds exactly
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from regpt.config import type_name
+from regpt.errors import ConfigError, UsageError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonArgs:
+    """The flags of every command."""
+
+    json: bool = False
+    """Print one JSON object on standard output, everything else on standard error."""
+    quiet: bool = False
+    """No progress and no notes on standard error."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+T = TypeVar("T")
+
+
+def options(make: type, prefix: str = "") -> dict[str, Any]:
+    """The long options of an arguments class with their types: {"--json": bool, "--model.n-layer": int, …}."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(make, include_extras=True)
+    for f in dataclasses.fields(make):
+        kind, marks = hints[f.name], ()
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, *marks = typing.get_args(kind)  # type: ignore[assignment]
+        if "positional" in repr(marks).lower():
+            continue
+        if dataclasses.is_dataclass(kind):
+            bare = any(getattr(m, "name", None) == "" for m in marks)
+            found |= options(typing.cast(type, kind), prefix if bare else f"{prefix}{f.name}.")
+        else:
+            found["--" + (prefix + f.name).replace("_", "-")] = kind
+    return found
+
+
+def parse(
+    make: type[T], argv: Sequence[str], *, prog: str, description: str = "", default: T | None = None
+) -> T:
+    """`argv` as a `make`, parsed by tyro; its complaints become our own errors.
+
+    Args:
+        make: a frozen dataclass; attribute docstrings are its help.
+        default: an instance whose values hold where `argv` says nothing (a preset).
+
+    Raises:
+        ConfigError: an unknown setting (the message names the nearest) or an unusable value.
+    """
+    import tyro
+
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(make, args=_normalised(argv), prog=prog, description=description, **extra)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    raise _error(complaint.getvalue(), argv, options(make), prog)
+
+
+def _normalised(argv: Sequence[str]) -> list[str]:
+    """`true`, `off`-like spellings of settings as tyro writes them: --model.bias false -> False."""
+    words = {"true": "True", "false": "False", "none": "None", "null": "None"}
+    out: list[str] = []
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if equals and name.startswith("--") and "." in name:
+            word = f"{name}={words.get(value.lower(), value)}"
+        elif i and argv[i - 1].startswith("--") and "." in argv[i - 1] and "=" not in argv[i - 1]:
+            word = words.get(word.lower(), word)
+        out.append(word)
+    return out
+
+
+def _error(
+    complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str
+) -> ConfigError | UsageError:
+    """tyro's boxed complaint as one of our errors."""
+    for word in argv:
+        option = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and len(word) > 2 and option not in known and option != "--help":
+            noun = "setting" if "." in option else "option"
+            return ConfigError(
+                f"there is no {noun} {option}.{did_you_mean(option, known)}", hint=f"{prog} --help"
+            )
+    lines: list[str] = []
+    for line in complaint.splitlines():
+        text = line.strip("│╭╮╰╯─ ")
+        if not text and lines:
+            break  # the rule under the complaint itself; below it stands the option's help
+        if text and not line.startswith("╭"):
+            lines.append(text)
+    said = " ".join(lines)
+    named = re.search(r"(--[a-z][a-z0-9.-]*)", said)
+    given = re.search(r"^invalid choice '([^']*)'|'([^']*)'\]?\.?$", said)
+    if named and given and named[1] in known:
+        value = given[1] if given[1] is not None else given[2]
+        return ConfigError(
+            f"{named[1]} cannot take this value.", got=repr(value), expected=type_name(known[named[1]])
+        )
+    kind = UsageError if "Missing" in said or "required" in complaint.lower() else ConfigError
+    return kind(said or "the command line could not be understood.", hint=f"{prog} --help")
+
+
+class Progress(Protocol):
+    """A piece of work under way."""
+
+    def update(self, done: float, note: str = "") -> None:
+        """`done` of the total are finished; `note` stands behind the bar."""
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, args: CommonArgs) -> None:
+        self.json, self.quiet = args.json, args.quiet
+
+    def info(self, text: str = "") -> None:
+        """A note to the person at the terminal, on standard error."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A note that --quiet does not silence."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def result(self, values: dict[str, Any], text: str) -> None:
+        """What was asked for, on standard output."""
+        print(json.dumps(values) if self.json else text, flush=True)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: float, unit: str = "") -> Iterator[Progress]:
+        """A bar with percent and ETA on a terminal; elsewhere a plain line now and then; nothing with --quiet."""
+        if self.quiet or not total:
+            yield _Silent()
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with RichProgress(*columns, console=Console(stderr=True)) as bar:
+                yield _Bar(bar, bar.add_task(description, total=total, note=""))
+        else:
+            yield _Lines(description, total, unit)
+
+
+class _Silent:
+    def update(self, done: float, note: str = "") -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def update(self, done: float, note: str = "") -> None:
+        self.bar.update(self.task, completed=done, note=note)
+
+
+class _Lines:
+    """One line at most every ten seconds, and one at the end."""
+
+    def __init__(self, description: str, total: float, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.begun = self.said = time.monotonic()
+
+    def update(self, done: float, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self.said < 10 and (done < self.total or now - self.begun < 2):
+            return
+        self.said = now
+        left = (now - self.begun) * (self.total - done) / done if done else 0.0
+        amount = f"{done:,.0f} of {self.total:,.0f} {self.unit}".strip()
+        print(
+            f"{self.description}: {amount}, {duration(left)} left {note}".rstrip(), file=sys.stderr, flush=True
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"

@@ -1,0 +1,101 @@
+"""A dry run: what a preset and its overrides come to in parameters, memory, FLOPs and time. Nothing is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.cli.train import preset_and_rest
+from regpt.config import Config, load_preset
+
+if TYPE_CHECKING:
+    from regpt.data.shards import Shards
+    from regpt.train.machine import Machine
+    from regpt.train.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(CommonArgs):
+    """Arguments of `regpt plan [PRESET]`."""
+
+    price: float | None = None
+    """Money an hour of this machine costs, to estimate the run's cost."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
+        default_factory=Config
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`regpt plan`."""
+    name, rest = preset_and_rest(argv)
+    preset = load_preset(name)
+    args = parse(
+        Args, rest, prog="regpt plan", description=__doc__ or "", default=Args(config=preset.config)
+    )
+    from regpt.train.machine import choose_dtype, measure_flops, probe
+    from regpt.train.plan import as_dict, make_plan
+    from regpt.train.session import known_data
+
+    config = args.config
+    machine = probe(config.train.device, config.train.threads)
+    vocab_size, shards = known_data(config)
+    plan = make_plan(
+        config,
+        machine,
+        vocab_size=vocab_size,
+        train_tokens=shards.split("train").n_tokens if shards else None,
+        flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
+    )
+    values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
+    text = describe(config, plan, machine, shards)
+    if args.price is not None and plan.time_s is not None:
+        values["cost"] = cost = args.price * plan.time_s / 3600
+        text += f"\ncost      {cost:,.2f} at {args.price:g} an hour"
+    Output(args).result(values, text)
+    return 0
+
+
+def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None) -> str:
+    """The plan in a few lines for a person."""
+    m = config.model
+    lines = []
+    if shards is not None:
+        data, train = shards.manifest, shards.split("train")
+        val = f" + {shards.split('val').n_tokens:,} validation" if "val" in shards.splits else ", no validation"
+        lines.append(
+            f"data      {data.source.name}: {train.n_tokens:,} training{val} tokens, "
+            f"{data.tokenizer.kind} of {plan.vocab_size:,}"
+        )
+    accumulation = f" in {plan.n_micro} micro-batches of {plan.micro_rows}" if plan.n_micro > 1 else ""
+    epochs = f", {plan.epochs:.2f} epochs" if plan.epochs is not None else ""
+    memory = plan.memory
+    lines += [
+        f"model     {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}, "
+        f"vocabulary {plan.vocab_size:,} (padded {plan.padded_vocab_size:,}): {plan.parameters:,} parameters",
+        f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{accumulation}",
+        f"steps     {plan.steps:,}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
+        f"machine   {machine.device}: {machine.name}, {machine.threads} threads; {plan.dtype}, "
+        f"{'compiled' if plan.compile else 'eager'}",
+        f"memory    {gib(memory.total)}: weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, "
+        f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, logits {gib(memory.logits)}, "
+        f"process {gib(memory.process)}",
+    ]
+    if plan.time_s is not None:
+        lines.append(f"time      about {duration(plan.time_s)} of training steps")
+    if machine.memory_bytes and memory.total > machine.memory_bytes:
+        lines.append(
+            f"warning: this needs {gib(memory.total)} and the device has {gib(machine.memory_bytes)}; "
+            "try --train.micro-rows 1"
+        )
+    return "\n".join(lines)
+
+
+def gib(n: Any) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.0f} MiB"
+
+

@@ -1,0 +1,167 @@
+"""Train a model: prepare the text if needed, train, evaluate, sample. The same command again continues a stopped run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.config import DEFAULT_PRESET, Config, load_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(CommonArgs):
+    """Arguments of `regpt train [PRESET]`."""
+
+    out: str | None = None
+    """The run directory. None: runs/<preset>."""
+    fresh: bool = False
+    """Begin anew; what stands in the run directory is moved aside."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
+        default_factory=Config
+    )
+
+
+def preset_and_rest(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The preset that the command line names first, or the default one; and the other words."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    return DEFAULT_PRESET, list(argv)
+
+
+def main(argv: list[str]) -> int:
+    """`regpt train`."""
+    name, rest = preset_and_rest(argv)
+    preset = load_preset(name)
+    args = parse(
+        Args,
+        rest,
+        prog="regpt train",
+        description=f"{__doc__}\n\nPreset {preset.name}: {preset.about.summary}. Other presets: regpt presets",
+        default=Args(config=preset.config),
+    )
+    out = Path(args.out or f"runs/{preset.name}")
+    screen = Screen(Output(args), args.config)
+    screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
+    from regpt.train.session import train  # torch only from here on
+
+    with screen:
+        result = train(args.config, out, fresh=args.fresh, listen=screen.hear)
+    lines = [f"trained {result.step} steps on {result.tokens:,} tokens in {duration(result.seconds)}"]
+    if result.val_loss is not None:
+        lines[0] += f"; validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte"
+    lines += [f"the run lies in {out}", f'next:  regpt sample {out} "{_some_prompt(args.config)}"']
+    screen.out.result(dataclasses.asdict(result), "\n".join(lines))
+    return 0
+
+
+def _some_prompt(config: Config) -> str:
+    return config.sample.prompt.strip() or "O"
+
+
+class Screen:
+    """Turns the events of a run into words on standard error: a live bar on a terminal, plain lines elsewhere."""
+
+    LINE_EVERY_S = 5.0
+
+    def __init__(self, out: Output, config: Config) -> None:
+        self.out, self.config = out, config
+        self.bar: Any = None
+        self.bar_context: Any = None
+        self.last_line = 0.0
+        self.resumed_at = 0
+        self.rate_at: tuple[int, float] | None = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self._close_bar()
+
+    def hear(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """One event of the run."""
+        handler = getattr(self, f"on_{event}", None)
+        if handler is not None:
+            handler(step, values)
+
+    def on_note(self, step: int, values: dict[str, Any]) -> None:
+        self.out.warn(values["text"])
+
+    def on_info(self, step: int, values: dict[str, Any]) -> None:
+        self.out.info(values["text"])
+
+    def on_progress(self, step: int, values: dict[str, Any]) -> None:
+        """Preparation: values are description, done, total, unit."""
+        if self.bar is None:
+            self._open_bar(values["description"], values["total"], values["unit"])
+        self.bar.update(values["done"])
+        if values["done"] >= values["total"]:
+            self._close_bar()
+
+    def on_plan(self, step: int, values: dict[str, Any]) -> None:
+        from regpt.cli.plan import describe
+
+        self._close_bar()
+        self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
+
+    def on_resume(self, step: int, values: dict[str, Any]) -> None:
+        self.resumed_at = step
+        if step >= self.config.train.steps:
+            self.out.info(f"{values['run']} is finished (step {step}); --train.steps N goes on, --fresh begins anew.")
+        else:
+            self.out.info(f"continuing {values['run']} from step {step}.")
+
+    def on_step(self, step: int, values: dict[str, Any]) -> None:
+        if self.bar is None and sys.stderr.isatty():
+            self._open_bar("training", self.config.train.steps, "steps")
+        numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in values:
+            numbers += f"  MFU {values['mfu']:.1%}"
+        numbers += f"  {values['memory_bytes'] / 2**30:.2f} GiB"
+        if self.bar is not None:
+            self.bar.update(step, numbers)
+            return
+        now, last = time.monotonic(), step == self.config.train.steps
+        if self.rate_at is None:
+            self.rate_at = (step, now)
+        elif now - self.last_line < self.LINE_EVERY_S and not last:
+            return
+        self.last_line = now
+        first, began = self.rate_at
+        left = ""
+        if step > first and not last:
+            left = f"  {duration((now - began) / (step - first) * (self.config.train.steps - step))} left"
+        self.out.info(f"step {step:>6}/{self.config.train.steps}  {numbers}  lr {values['lr']:.2e}{left}")
+
+    def on_eval(self, step: int, values: dict[str, Any]) -> None:
+        best = "  best so far" if values["best"] else ""
+        self._above_bar(
+            f"step {step:>6}  validation loss {values['val_loss']:.4f}  "
+            f"perplexity {values['val_perplexity']:,.2f}  {values['val_bits_per_byte']:.4f} bits per byte{best}"
+        )
+
+    def on_sample(self, step: int, values: dict[str, Any]) -> None:
+        text = (values["prompt"] + values["text"]).strip("\n")
+        self._above_bar("\n".join(["  | " + line for line in text.splitlines()]))
+
+    def _above_bar(self, text: str) -> None:
+        if self.bar is not None and sys.stderr.isatty() and hasattr(self.bar, "bar"):
+            self.bar.bar.console.print(text, markup=False, highlight=False)
+        else:
+            self.out.info(text)
+
+    def _open_bar(self, description: str, total: float, unit: str) -> None:
+        self.bar_context = self.out.progress(description, total, unit)
+        self.bar = self.bar_context.__enter__()
+
+    def _close_bar(self) -> None:
+        if self.bar_context is not None:
+            self.bar_context.__exit__(None, None, None)
+        self.bar = self.bar_context = None

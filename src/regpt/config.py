@@ -1,0 +1,349 @@
+"""Every setting of a run, in one tree: its name, type, default and meaning; and how presets and overrides fill it.
+
+Precedence: defaults < preset TOML < command line. `None` means off or "decide for me", never -1. The docstring under a
+field is its `--help` text. No torch here: `regpt --help` must answer at once.
+
+Why one file: docs/decisions/0001-settings-in-one-file.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from regpt.errors import ConfigError, did_you_mean
+
+# --- the tree --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is split and sampled."""
+
+    source: str = ""
+    """A file, folder, glob, named set (shakespeare, python-stdlib) or a prepared shard directory."""
+    dir: str | None = None
+    """Where prepared shards are kept. None: data/<source>-<tokenizer>-<fingerprint>."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL and parquet sources."""
+    val_fraction: float = 0.005
+    """Share of documents held out for validation; of a single text, its last part by position."""
+    val_source: str | None = None
+    """A separate source for validation. None: split off `source`."""
+    workers: int | None = None
+    """Processes that tokenise during preparation. None: one for each core."""
+    order: Literal["permuted", "replacement"] = "permuted"
+    """permuted: every window once an epoch. replacement: random windows, as nanoGPT samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Text to ids."""
+
+    name: str = "gpt2"
+    """gpt2, chars, bytes, bpe (trained on the source), or a folder with a saved tokenizer."""
+    vocab_size: int = 4096
+    """Entries of a `bpe` tokenizer trained for this run, <|endoftext|> included."""
+    files: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model's shape. The vocabulary size follows from the tokenizer."""
+
+    arch: Literal["gpt2"] = "gpt2"
+    """gpt2: GPT-2 to the letter."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; divides n_embd."""
+    n_embd: int = 768
+    """Channels."""
+    block_size: int = 1024
+    """Context length in tokens."""
+    dropout: float = 0.0
+    """Probability of dropping an activation during training."""
+    bias: bool = True
+    """Biases in linear layers and layer norms, as in GPT-2. False is a little faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how large the batch, on what."""
+
+    steps: int = 1000
+    """Optimizer updates."""
+    batch_tokens: int = 8192
+    """Tokens in one update, over all micro-batches and ranks."""
+    micro_rows: int | None = None
+    """Rows in one forward pass of one rank. None: the largest that divides the batch and fits."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of matrix products; weights and optimizer stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the training step. auto: on CUDA, with a logged fallback."""
+    threads: int | None = None
+    """CPU threads. None: PyTorch's own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float = 6e-5
+    """Learning rate at the end of a cosine or linear schedule."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """cosine; linear: constant, then linearly down over the last `decay_fraction`; constant."""
+    decay_fraction: float = 0.4
+    """Share of the steps over which `linear` comes down."""
+    decay_steps: int | None = None
+    """Step at which the schedule reaches min_lr. None: train.steps."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    decay: Literal["matrices", "linear", "all"] = "matrices"
+    """What decays. matrices: everything of two dimensions, embeddings too; linear: embeddings not; all."""
+    clip_norm: float | None = 1.0
+    """Largest gradient norm. None: no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during training, always over the whole split."""
+
+    every: int | None = 250
+    """Steps between evaluations; the last step is always evaluated. None: only at the end."""
+    micro_rows: int | None = None
+    """Rows in one forward pass. None: as many as the training micro-batch, at least 16,384 tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """Checkpoints."""
+
+    every: int | None = None
+    """Steps between checkpoints. None: at every evaluation. The last step is always saved."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best one by validation loss stays too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Text generated while training."""
+
+    every: int | None = None
+    """Steps between samples. None: at every evaluation."""
+    prompt: str = "\n"
+    """What each sample continues."""
+    tokens: int = 64
+    """New tokens in each sample; 0 turns sampling off."""
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int | None = 50
+    """Sample among the k likeliest tokens. None: among all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where numbers go beside log.jsonl, which is always written."""
+
+    log_every: int = 10
+    """Steps between lines of training loss."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run directory."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 1337
+    """Seeds the weights, the order of the data, dropout and samples."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+# --- filling it ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def setting_names(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every setting by its full name: `seed`, `data.source`, …"""
+    for f in dataclasses.fields(cls):
+        kind = _hints(cls)[f.name]
+        if dataclasses.is_dataclass(kind):
+            yield from setting_names(typing.cast(type, kind), f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name
+
+
+def type_name(kind: Any) -> str:
+    """A type as a person would say it: `float`, `int or none`, `'auto', 'on' or 'off'`."""
+    if typing.get_origin(kind) is Literal:
+        *most, last = [repr(a) for a in typing.get_args(kind)]
+        return f"{', '.join(most)} or {last}" if most else last
+    if isinstance(kind, types.UnionType):
+        return " or ".join(type_name(a) for a in typing.get_args(kind))
+    return {type(None): "none", bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
+        kind, str(kind)
+    )
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, a) for a in typing.get_args(kind))
+    if kind is float:  # TOML writes 1 for 1.0; a bool is not a number
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def build(cls: type[Any], values: Mapping[str, Any], *, where: str, base: Any = None, prefix: str = "") -> Any:
+    """A `cls` from nested plain values, strictly: unknown names and wrong types are errors that name the setting.
+
+    Args:
+        values: as TOML or JSON gives them. The string "none" stands for None, which TOML lacks.
+        where: the file that they come from, for the message.
+        base: an instance whose values hold where `values` says nothing; None: the defaults.
+    """
+    hints = _hints(cls)
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        full = prefix + name
+        if name not in hints:
+            known = list(setting_names(cls, prefix)) + [prefix + f.name for f in dataclasses.fields(cls)]
+            raise ConfigError(f"{where}: there is no setting {full}.{did_you_mean(full, known)}")
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {full} is a section, not a value.", got=repr(value))
+            made[name] = build(
+                typing.cast(type, kind), value, where=where, base=getattr(base, name, None), prefix=full + "."
+            )
+            continue
+        value = None if value == "none" else value
+        if not _fits(value, kind):
+            raise ConfigError(f"{where}: {full} has the wrong type.", got=repr(value), expected=type_name(kind))
+        made[name] = float(value) if kind is float else value
+    return dataclasses.replace(base, **made) if base is not None else cls(**made)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, ready for JSON; `build` turns them back."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings whose values differ: {"optim.lr": (0.001, 0.003)}."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for f in dataclasses.fields(new):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(b):
+            found |= differences(a, b, f"{prefix}{f.name}.")
+        elif a != b:
+            found[prefix + f.name] = (a, b)
+    return found
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a preset's page says of itself before its settings."""
+
+    summary: str
+    """One line: what it trains."""
+    hardware: str
+    """What it was meant for or measured on."""
+    time: str
+    """How long it takes there."""
+    expected: str
+    """The result to expect, and where that figure comes from."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named page of settings."""
+
+    name: str
+    about: About
+    config: Config
+
+
+DEFAULT_PRESET = "demo"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with regpt, sorted."""
+    folder = resources.files("regpt") / "presets"
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> Preset:
+    """The preset `name`: one of ours, or a TOML file (a name that ends in .toml) in the same form."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"cannot read the preset file {name}: {e}") from None
+        return _parse_preset(path.stem, text, name)
+    if name not in preset_names():
+        raise ConfigError(
+            f"there is no preset {name!r}.{did_you_mean(name, preset_names())}", hint="regpt presets"
+        )
+    text = (resources.files("regpt") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    return _parse_preset(name, text, f"preset {name}")
+
+
+def _parse_preset(name: str, text: str, where: str) -> Preset:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{where} is not valid TOML: {e}") from None
+    parent = values.pop("extends", None)
+    base = load_preset(parent).config if isinstance(parent, str) and parent != name else None
+    if parent is not None and base is None:
+        raise ConfigError(f"{where}: extends must name another preset.", got=repr(parent))
+    about = values.pop("about", {"summary": name, "hardware": "", "time": "", "expected": ""})
+    return Preset(
+        name,
+        build(About, about, where=where, prefix="about."),
+        build(Config, values, where=where, base=base),
+    )

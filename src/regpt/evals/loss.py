@@ -1,0 +1,67 @@
+"""Cross-entropy over a whole split, in order, once: never a random sample of it, so that two figures can be compared."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from regpt.data.loader import eval_batches
+from regpt.data.shards import TokenSplit
+from regpt.models import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitLoss:
+    """The loss over one split."""
+
+    nats: float
+    """Mean over the targets, in nats a token."""
+    tokens: int
+    """Targets counted: every token of the split but the first."""
+    bits_per_byte: float
+    """Total loss over the bytes of source text: comparable between tokenizers."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(min(self.nats, 700.0))
+
+
+@torch.inference_mode()
+def split_loss(
+    model: LanguageModel,
+    split: TokenSplit,
+    *,
+    rows: int,
+    device: str = "cpu",
+    autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    between: Callable[[], None] = lambda: None,
+) -> SplitLoss:
+    """The mean loss over every target of `split`, in windows of the model's context that do not overlap.
+
+    Args:
+        rows: windows in one forward pass; the result does not depend on it beyond rounding.
+        autocast: opened around each forward pass.
+        between: called between passes; may raise to stop.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    try:
+        for x, y in eval_batches(split, model.config.block_size, rows):
+            between()
+            with autocast():
+                loss = model(x.to(device), y.to(device), reduction="sum")
+            total += float(loss)
+            count += int((y >= 0).sum())
+    finally:
+        model.train(was_training)
+    return SplitLoss(
+        nats=total / count,
+        tokens=count,
+        bits_per_byte=total / math.log(2) / split.source_bytes if split.source_bytes else math.nan,
+    )

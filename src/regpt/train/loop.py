@@ -1,0 +1,364 @@
+"""The training loop: schedule, micro-batches, clip, check, step, log; evaluate, sample and save when due.
+
+Everything that must survive an interruption stands in `TrainState`. The order of the data, dropout and samples are
+functions of the seed and the step, so the step is all the state that they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regpt.config import Config
+from regpt.data.loader import Loader
+from regpt.data.shards import Shards
+from regpt.errors import CheckpointError, Interrupted, TrainingDiverged
+from regpt.evals.loss import SplitLoss, split_loss
+from regpt.infer.engine import SamplingSettings, complete
+from regpt.models import LanguageModel
+from regpt.optim.groups import adamw
+from regpt.optim.schedule import learning_rate
+from regpt.tokenizers import Tokenizer
+from regpt.train import checkpoint
+from regpt.train.machine import Machine, peak_memory_bytes
+from regpt.train.plan import Plan
+from regpt.train.signals import StopRequest
+
+EVAL_TOKENS = 16_384  # evaluation has no gradients to keep, so its passes may be at least this large
+SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
+
+Say = Callable[[str, int, dict[str, Any]], None]
+"""Called with (event, step, values) for step, eval, sample, save and note."""
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """All that must survive a crash, beside the settings."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Updates made."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all sittings."""
+    evaluated_step: int | None = None
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    counters: tuple[str, ...] = field(
+        default=(
+            "step",
+            "seconds",
+            "evaluated_step",
+            "val_loss",
+            "val_bits_per_byte",
+            "best_step",
+            "best_val_loss",
+        ),
+        init=False,
+    )
+
+
+class Trainer:
+    """One run on one process.
+
+    Args:
+        run_checkpoints: the folder for `step-NNNNNN/` directories.
+        facts: plain values stored with every checkpoint, so that it can be loaded without the run's settings.
+        say: hears of every event.
+        stop: polled between micro-batches and evaluation passes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        machine: Machine,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        shards: Shards,
+        *,
+        run_checkpoints: Any,
+        facts: dict[str, Any],
+        say: Say,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.plan, self.machine, self.tokenizer = config, plan, machine, tokenizer
+        self.folder, self.facts, self.say, self.stop = run_checkpoints, facts, say, stop
+        model.to(machine.device)
+        self.state = TrainState(
+            model=model,
+            optimizer=adamw(model, config.optim, machine.kind),
+            scaler=torch.amp.GradScaler(machine.kind, enabled=plan.dtype == "float16"),
+        )
+        T = config.model.block_size
+        self.loader = Loader(
+            shards.split("train"),
+            block_size=T,
+            batch_rows=plan.batch_rows,
+            seed=config.seed,
+            order=config.data.order,
+        )
+        self.val_split = shards.split("val") if "val" in shards.splits else None
+        self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, EVAL_TOKENS // T, 1)
+        self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
+        self.saved_step: int | None = None
+        if plan.compile:
+            self.compute_loss = self._compiled(model)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: a signal asked for a stop; everything is saved.
+            TrainingDiverged: a loss or gradient was not finite; the update was not made.
+        """
+        s, total = self.state, self.plan.steps
+        cast(nn.Module, s.model).train()
+        try:
+            while True:
+                last = s.step >= total
+                if s.evaluated_step != s.step and (last or _due(s.step, self.config.eval.every)):
+                    self.evaluate()
+                    self.sample_if_due(last)
+                if s.step != self.saved_step and self._save_due(last):
+                    self.save()
+                if last:
+                    return
+                self.train_step()
+        except _Stopped:
+            if self.saved_step != s.step:
+                self.save()
+            raise Interrupted(
+                f"stopped by {self.stop.name} after step {s.step}; everything is saved.",
+                signum=self.stop.signum or 2,
+                hint="the same command continues",
+            ) from None
+
+    def train_step(self) -> None:
+        """One update on one global batch."""
+        s, config, plan = self.state, self.config, self.plan
+        began = time.perf_counter()
+        rate = learning_rate(s.step, config.optim, plan.steps)
+        for group in s.optimizer.param_groups:
+            group["lr"] = rate
+        loss = torch.zeros((), device=self.machine.device)
+        for micro in range(plan.n_micro):
+            self.poll()
+            x, y = self.loader.batch(s.step, micro, plan.n_micro)
+            self.seed_dropout(s.step, micro)
+            with self.autocast():
+                micro_loss = self.compute_loss(self.move(x), self.move(y)) / plan.n_micro
+            s.scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+            loss += micro_loss.detach()
+        s.scaler.unscale_(s.optimizer)
+        norm = nn.utils.clip_grad_norm_(s.model.parameters(), config.optim.clip_norm or math.inf)
+        self.check_finite(float(loss), float(norm))
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad(set_to_none=True)
+        s.step += 1
+        s.seconds += (took := time.perf_counter() - began)
+        if s.step == 1:
+            self.check_first_loss(float(loss))
+        if s.step == 1 or s.step == plan.steps or _due(s.step, config.track.log_every):
+            self.say("step", s.step, self._numbers(float(loss), float(norm), rate, took))
+
+    def evaluate(self) -> None:
+        """The loss over the whole validation split."""
+        s = self.state
+        s.evaluated_step = s.step
+        if self.val_split is None:
+            return
+        began = time.perf_counter()
+        try:
+            result: SplitLoss = split_loss(
+                cast(LanguageModel, s.model),
+                self.val_split,
+                rows=self.eval_rows,
+                device=self.machine.device,
+                autocast=self.autocast,
+                between=self.poll,
+            )
+        except _Stopped:
+            s.evaluated_step = None
+            raise
+        s.val_loss, s.val_bits_per_byte = result.nats, result.bits_per_byte
+        improved = math.isfinite(result.nats) and (s.best_val_loss is None or result.nats < s.best_val_loss)
+        if improved:
+            s.best_step, s.best_val_loss = s.step, result.nats
+        self.say(
+            "eval",
+            s.step,
+            {
+                "val_loss": result.nats,
+                "val_perplexity": result.perplexity,
+                "val_bits_per_byte": result.bits_per_byte,
+                "val_tokens": result.tokens,
+                "best": improved,
+                "eval_s": time.perf_counter() - began,
+            },
+        )
+
+    def sample_if_due(self, last: bool) -> None:
+        """A short text from the weights as they are."""
+        s, config = self.state, self.config.sample
+        if not config.tokens or not (last or config.every is None or _due(s.step, config.every)):
+            return
+        settings = SamplingSettings(
+            max_new_tokens=config.tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=self.config.seed,
+        )
+        done = complete(cast(Any, s.model), self.tokenizer, config.prompt, settings)[0]
+        self.say("sample", s.step, {"prompt": config.prompt, "text": done.text})
+
+    # --- what keeps it safe ------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Leave the work here if a signal asked for it. No update is half made at any place that calls this."""
+        if self.stop:
+            self.state.optimizer.zero_grad(set_to_none=True)
+            raise _Stopped
+
+    def check_finite(self, loss: float, norm: float) -> None:
+        """Before the update: a loss or gradient that is not finite must not reach the weights."""
+        scaling = self.state.scaler.is_enabled()  # float16 overflows now and then; the scaler skips that update
+        if math.isfinite(loss) and (math.isfinite(norm) or scaling):
+            return
+        step, rows = self.state.step, self.plan.batch_rows
+        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        raise TrainingDiverged(
+            f"the {what} at step {step} is {loss if what == 'loss' else norm}; the update was not made.",
+            got=f"rows {step * rows} to {(step + 1) * rows - 1}, learning rate "
+            f"{learning_rate(step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
+            hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
+            f"is of step {self.saved_step if self.saved_step is not None else 'none'}",
+        )
+
+    def check_first_loss(self, loss: float) -> None:
+        """A fresh model knows nothing, so its loss is ln(V); anything else is a fault worth a word."""
+        expected = math.log(self.plan.vocab_size)
+        if abs(loss - expected) > SURPRISE_NATS:
+            self.say(
+                "note",
+                self.state.step,
+                {
+                    "text": f"the first loss is {loss:.3f}, but a model that knows nothing has ln({self.plan.vocab_size}) = "
+                    f"{expected:.3f}. The initialisation or the data is not what it should be."
+                },
+            )
+
+    def seed_dropout(self, step: int, micro: int) -> None:
+        """Dropout's masks depend on the seed, the step and the place in the global batch, and on nothing else."""
+        if self.config.model.dropout:
+            row = micro * self.plan.micro_rows
+            digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def save(self) -> None:
+        """A checkpoint of this very step, then retention."""
+        s = self.state
+        tensors, scalars = checkpoint.optimizer_tensors(s.model, s.optimizer)
+        began = time.perf_counter()
+        path = checkpoint.save_checkpoint(
+            self.folder,
+            step=s.step,
+            model=checkpoint.model_tensors(s.model),
+            optimizer=tensors,
+            state=self.facts
+            | {name: getattr(s, name) for name in s.counters}
+            | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
+        )
+        self.saved_step = s.step
+        checkpoint.prune(self.folder, keep=self.config.save.keep, best=s.best_step)
+        self.say("save", s.step, {"path": path.name, "save_s": time.perf_counter() - began})
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Continue from a verified checkpoint."""
+        s = self.state
+        checkpoint.load_model_tensors(s.model, found.model_tensors())
+        optimizer = found.optimizer_tensors()
+        if optimizer is None:
+            raise CheckpointError(
+                f"{found.path} holds weights only, so training cannot continue from it.",
+                hint="train in another --out, or --fresh",
+            )
+        checkpoint.load_optimizer(s.model, s.optimizer, optimizer, found.state["optimizer_scalars"])
+        s.scaler.load_state_dict(found.state["scaler"])
+        for name in s.counters:
+            setattr(s, name, found.state[name])
+        self.saved_step = s.step
+
+    # --- small parts -------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Matrix products in the plan's dtype; weights stay float32."""
+        if self.plan.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.machine.kind, dtype=getattr(torch, self.plan.dtype))
+
+    def move(self, x: Tensor) -> Tensor:
+        """To the device, without waiting where that is possible."""
+        if self.machine.kind == "cuda":
+            return x.pin_memory().to(self.machine.device, non_blocking=True)
+        return x.to(self.machine.device)
+
+    def _save_due(self, last: bool) -> bool:
+        s, every = self.state, self.config.save.every
+        at_eval = s.evaluated_step == s.step and (every is None or s.best_step == s.step)
+        return s.step > 0 and (last or at_eval or (every is not None and _due(s.step, every)))
+
+    def _numbers(self, loss: float, norm: float, rate: float, took: float) -> dict[str, Any]:
+        s, plan = self.state, self.plan
+        per_second = self.config.train.batch_tokens / took
+        numbers: dict[str, Any] = {
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": s.step * self.config.train.batch_tokens,
+            "tokens_per_second": per_second,
+            "time_s": s.seconds,
+            "memory_bytes": peak_memory_bytes(self.machine),
+        }
+        if self.machine.peak_flops:
+            numbers["mfu"] = per_second * plan.flops_per_token / self.machine.peak_flops
+        return numbers
+
+    def _compiled(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        """The compiled loss; with compile=auto a failure is said once and training goes on without."""
+        compiled = torch.compile(model, dynamic=False)
+        if self.config.train.compile == "on":
+            return compiled
+
+        def attempt(x: Tensor, y: Tensor) -> Tensor:
+            try:
+                return cast(Tensor, compiled(x, y))
+            except torch._dynamo.exc.TorchDynamoException as e:
+                reason = str(e).strip().splitlines()[0]
+                self.say("note", self.state.step, {"text": f"torch.compile failed, going on without it: {reason}"})
+                self.compute_loss = model
+                return cast(Tensor, model(x, y))
+
+        return attempt
+
+
+class _Stopped(Exception):
+    """A signal was seen at a safe place."""
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0

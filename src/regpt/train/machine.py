@@ -1,0 +1,178 @@
+"""The machine that a run is on: which device, how much memory, which arithmetic it is fast at, and how fast."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regpt.config import ModelConfig
+from regpt.errors import ConfigError, DeviceError
+
+# Dense peak FLOP/s with bf16 or fp16 inputs, no sparsity; from the vendors' data sheets, matched against the device name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 5090": 209e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 3090": 71e12,
+}
+# bf16 on CPU pays where matrices are large: measured 0.83x at 128 channels, 1.8x to 3.1x at 384, 2.3x at 768.
+CPU_BF16_FROM_CHANNELS = 384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One rank's share of the hardware."""
+
+    device: str
+    """cpu, cuda:0 or mps."""
+    name: str
+    """What the vendor calls it."""
+    memory_bytes: int
+    """Memory that a run may use: of the GPU, or of the host."""
+    threads: int
+    """CPU threads of arithmetic."""
+    peak_flops: float | None
+    """From the data sheet, at 16 bits; None where none is known."""
+    fast_bf16: bool
+    """bfloat16 has hardware of its own (compute capability 8, or AMX)."""
+
+    @property
+    def kind(self) -> str:
+        """cpu, cuda or mps."""
+        return self.device.partition(":")[0]
+
+
+def probe(device: str = "auto", threads: int | None = None) -> Machine:
+    """The machine as `device` asks for it.
+
+    Raises:
+        DeviceError: the device is not here, naming what is.
+        ConfigError: `device` or `threads` is not of the right form.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError("train.threads must be at least 1.", got=threads)
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise ConfigError(
+            "train.device is not a device.", got=repr(device), expected="auto, cpu, cuda, cuda:N or mps"
+        )
+    n_threads = threads or torch.get_num_threads()
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise DeviceError(
+                f"train.device={device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}"
+                f" that PyTorch {torch.__version__} can use.",
+                hint="--train.device auto",
+            )
+        facts = torch.cuda.get_device_properties(int(index or 0))
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in facts.name), None)
+        return Machine(
+            device=f"cuda:{int(index or 0)}",
+            name=facts.name,
+            memory_bytes=facts.total_memory,
+            threads=n_threads,
+            peak_flops=peak,
+            fast_bf16=facts.major >= 8,  # is_bf16_supported() also says yes where it is only emulated
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(
+            f"train.device={device}: this machine has no Apple GPU that PyTorch can use.",
+            hint="--train.device auto",
+        )
+    return Machine(
+        device=kind,
+        name=_cpu_name(),
+        memory_bytes=host_memory_bytes(),
+        threads=n_threads,
+        peak_flops=None,
+        fast_bf16=kind == "cpu" and "amx_bf16" in _cpu_flags(),
+    )
+
+
+def choose_dtype(asked: str, machine: Machine, model: ModelConfig) -> str:
+    """The dtype of matrix products: what was asked for, or what is fast here and safe."""
+    if asked == "float16" and machine.kind == "cpu":
+        raise ConfigError("train.dtype=float16 needs a GPU.", hint="--train.dtype auto")
+    if asked != "auto":
+        return asked
+    if machine.kind == "cuda":
+        return "bfloat16" if machine.fast_bf16 else "float16"
+    large = model.n_embd >= CPU_BF16_FROM_CHANNELS
+    return "bfloat16" if machine.kind == "cpu" and machine.fast_bf16 and large else "float32"
+
+
+def measure_flops(machine: Machine, dtype: str, size: int = 1024, tries: int = 5) -> float:
+    """FLOP/s of a square matrix product here and now, the best of a few tries; well under a second."""
+    a = torch.randn(size, size, device=machine.device).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(tries + 1):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes(machine: Machine) -> int:
+    """The most memory this process has used: allocated on the GPU, or resident on the host."""
+    if machine.kind == "cuda":
+        return torch.cuda.max_memory_allocated(machine.device)
+    if machine.kind == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def host_memory_bytes() -> int:
+    """Memory of this host, or of the container where that is less; 0 where it cannot be told."""
+    total = 0
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def _cpu_info(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()

@@ -1,0 +1,162 @@
+"""What follows from the settings: accumulation, padded vocabulary, parameters, tokens, memory, FLOPs, time.
+
+Pure: the same settings, machine and data facts give the same plan, and nothing is touched. It is printed before anything
+slow begins, and alone by `regpt plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from regpt.config import Config
+from regpt.errors import ConfigError
+from regpt.models import pad_vocab
+from regpt.models.count import Memory, count_parameters, flops_per_token, memory_estimate
+from regpt.train.machine import Machine, choose_dtype
+
+# Share of the measured matrix-product rate that a training step reaches; measured on two CPU cores (36-49 % in float32,
+# 18-29 % in bfloat16) and published for one H200 running plain PyTorch (42 % of the data sheet).
+EFFICIENCY = {("cpu", "float32"): 0.40, ("cpu", "bfloat16"): 0.22}
+EFFICIENCY_ELSEWHERE = 0.40
+MEMORY_SHARE = 0.85  # of the device's memory that an automatic micro-batch may plan for
+CPU_MICRO_TOKENS = 16_384  # larger micro-batches are no faster on a CPU, they only need more memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything derived from the settings before the first step."""
+
+    device: str
+    dtype: str
+    compile: bool
+    world: int
+    batch_rows: int
+    """Rows of block_size tokens in one update, over all ranks."""
+    micro_rows: int
+    """Rows in one forward pass of one rank."""
+    n_micro: int
+    """Forward passes of one rank in one update: gradient accumulation."""
+    steps: int
+    total_tokens: int
+    epochs: float | None
+    """Passes over the training split; None while its size is unknown."""
+    vocab_size: int
+    padded_vocab_size: int
+    parameters: int
+    flops_per_token: float
+    total_flops: float
+    memory: Memory
+    time_s: float | None
+    """Expected seconds of training steps; None where the machine's speed is unknown."""
+
+
+def make_plan(
+    config: Config,
+    machine: Machine,
+    *,
+    vocab_size: int,
+    train_tokens: int | None = None,
+    flops_rate: float | None = None,
+    world: int = 1,
+) -> Plan:
+    """The plan of `config` on `world` machines like `machine`.
+
+    Args:
+        vocab_size: ids that the tokenizer has.
+        train_tokens: tokens in the training split, where they are known already.
+        flops_rate: measured FLOP/s of a matrix product; None: the data sheet's, or no time estimate.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+    """
+    _check(config)
+    T, rows = config.model.block_size, _batch_rows(config, world)
+    if config.train.compile == "on" and machine.kind == "mps":
+        raise ConfigError("train.compile=on is not supported on mps.", hint="--train.compile auto")
+    dtype = choose_dtype(config.train.dtype, machine, config.model)
+
+    def memory(micro_rows: int) -> Memory:
+        return memory_estimate(
+            config.model, vocab_size, micro_rows=micro_rows, dtype=dtype, device_type=machine.kind
+        )
+
+    micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
+    per_token = flops_per_token(config.model, vocab_size)
+    total_tokens = config.train.steps * config.train.batch_tokens
+    rate = machine.peak_flops or flops_rate
+    efficiency = EFFICIENCY.get((machine.kind, dtype), EFFICIENCY_ELSEWHERE)
+    return Plan(
+        device=machine.device,
+        dtype=dtype,
+        compile=config.train.compile == "on" or (config.train.compile == "auto" and machine.kind == "cuda"),
+        world=world,
+        batch_rows=rows,
+        micro_rows=micro_rows,
+        n_micro=rows // world // micro_rows,
+        steps=config.train.steps,
+        total_tokens=total_tokens,
+        epochs=total_tokens / train_tokens if train_tokens else None,
+        vocab_size=vocab_size,
+        padded_vocab_size=pad_vocab(vocab_size),
+        parameters=count_parameters(config.model, vocab_size).total,
+        flops_per_token=per_token,
+        total_flops=per_token * total_tokens,
+        memory=memory(micro_rows),
+        time_s=per_token * total_tokens / (rate * efficiency * world) if rate else None,
+    )
+
+
+def _check(config: Config) -> None:
+    positive = {
+        "train.steps": config.train.steps,
+        "train.batch_tokens": config.train.batch_tokens,
+        "train.micro_rows": config.train.micro_rows,
+        "model.block_size": config.model.block_size,
+        "eval.every": config.eval.every,
+        "eval.micro_rows": config.eval.micro_rows,
+        "save.every": config.save.every,
+        "save.keep": config.save.keep,
+        "sample.every": config.sample.every,
+        "track.log_every": config.track.log_every,
+    }
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1.", got=value, hint="none turns an optional setting off")
+    if config.sample.tokens < 0:
+        raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError("seed must lie in [0, 2^63).", got=config.seed)
+
+
+def _batch_rows(config: Config, world: int) -> int:
+    """Rows of the global batch, or an error that names the nearest batches that divide."""
+    T, micro = config.model.block_size, config.train.micro_rows
+    unit = world * (micro or 1) * T
+    if config.train.batch_tokens % unit:
+        lower = config.train.batch_tokens // unit * unit
+        parts = [f"{world} ranks"] if world > 1 else []
+        parts += [f"{micro} rows"] if micro else []
+        product = " x ".join([*parts, f"{T} tokens"])
+        choices = " or ".join(str(n) for n in (lower, lower + unit) if n)
+        raise ConfigError(
+            f"train.batch_tokens={config.train.batch_tokens} is not a multiple of {product}"
+            + (f" = {unit}." if parts else "."),
+            hint=f"--train.batch-tokens {choices}",
+        )
+    return config.train.batch_tokens // T
+
+
+def _largest_that_fits(rows: int, T: int, machine: Machine, memory: object) -> int:
+    """The largest divisor of `rows` whose planned memory fits the device."""
+    assert callable(memory)
+    budget = machine.memory_bytes * MEMORY_SHARE
+    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    if machine.kind == "cpu":
+        divisors = [n for n in divisors if n * T <= CPU_MICRO_TOKENS] or [1]
+    return next((n for n in divisors if not budget or memory(n).total <= budget), 1)
+
+
+def as_dict(plan: Plan) -> dict[str, object]:
+    """Plain values, for run.json and --json."""
+    return dataclasses.asdict(plan) | {"memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}}

@@ -1,0 +1,46 @@
+"""A first Ctrl-C, SIGTERM or SIGUSR1 asks the work to stop once it is safe; a second one stops it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopRequest:
+    """Whether a signal has asked for a stop, and which."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    @property
+    def name(self) -> str:
+        """SIGINT, SIGTERM, …"""
+        return signal.Signals(self.signum).name if self.signum is not None else ""
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """While open, the first stopping signal only sets the request; the second acts as if we were not here."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals there only
+        yield request
+        return
+    watched = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        request.signum = signum
+        for other in watched:
+            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, on_signal) for signum in watched}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
