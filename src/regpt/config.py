@@ -9,7 +9,6 @@ Why one file: docs/decisions/0001-settings-in-one-file.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tomllib
 import types
 import typing
@@ -194,8 +193,7 @@ class Config:
 # --- filling it ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -216,9 +214,13 @@ def type_name(kind: Any) -> str:
         return f"{', '.join(most)} or {last}" if most else last
     if isinstance(kind, types.UnionType):
         return " or ".join(type_name(a) for a in typing.get_args(kind))
-    return {type(None): "none", bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
-        kind, str(kind)
-    )
+    return {
+        type(None): "none",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+    }.get(kind, str(kind))
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -233,7 +235,9 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def build(cls: type[Any], values: Mapping[str, Any], *, where: str, base: Any = None, prefix: str = "") -> Any:
+def build(
+    cls: type[Any], values: Mapping[str, Any], *, where: str, base: Any = None, prefix: str = ""
+) -> Any:
     """A `cls` from nested plain values, strictly: unknown names and wrong types are errors that name the setting.
 
     Args:
@@ -258,8 +262,10 @@ def build(cls: type[Any], values: Mapping[str, Any], *, where: str, base: Any = 
             continue
         value = None if value == "none" else value
         if not _fits(value, kind):
-            raise ConfigError(f"{where}: {full} has the wrong type.", got=repr(value), expected=type_name(kind))
-        made[name] = float(value) if kind is float else value
+            raise ConfigError(
+                f"{where}: {full} has the wrong type.", got=repr(value), expected=type_name(kind)
+            )
+        made[name] = float(value) if kind is float and isinstance(value, int) else value
     return dataclasses.replace(base, **made) if base is not None else cls(**made)
 
 

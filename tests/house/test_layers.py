@@ -16,14 +16,31 @@ FILES = sorted(SRC.rglob("*.py"))
 # Lower layers first; a module may import its own layer and those above it in this list. The longest prefix counts.
 LAYERS = [
     ["errors", "config", "__init__"],
-    ["tokenizers", "train.dist", "train.track", "train.signals", "train.allocator", "train.__init__"],
+    [
+        "tokenizers",
+        "train.dist",
+        "train.track",
+        "train.signals",
+        "train.allocator",
+        "train.durable",
+        "train.__init__",
+    ],
     ["data", "models", "optim", "train.run", "train.machine"],
-    ["train.checkpoint", "train.plan", "infer"],
+    ["train.checkpoint", "train.named", "train.load", "train.plan", "infer"],
     ["evals"],
     ["train.loop", "train.session", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]
-OPTIONAL = ["pyarrow", "zstandard", "tensorboard", "wandb", "transformers", "datasets", "fastapi", "lightning"]
+OPTIONAL = [
+    "pyarrow",
+    "zstandard",
+    "tensorboard",
+    "wandb",
+    "transformers",
+    "datasets",
+    "fastapi",
+    "lightning",
+]
 
 
 def module_name(path: Path) -> str:
@@ -44,7 +61,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {f"{node.module}.{a.name}" if is_module(f"{node.module}.{a.name}") else node.module for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if is_module(f"{node.module}.{a.name}") else node.module
+                for a in node.names
+            }
     return {m.removeprefix("regpt.") if m.startswith("regpt.") else m for m in found}
 
 
@@ -99,7 +119,9 @@ def test_nothing_is_executed_or_unpickled(path: Path) -> None:
             assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & set(names)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("exec", "eval", "torch.load", "__import__"), f"{module_name(path)}: {called}"
+            assert called not in ("exec", "eval", "torch.load", "__import__"), (
+                f"{module_name(path)}: {called}"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -115,7 +137,11 @@ def test_functions_stay_readable(path: Path) -> None:
 def test_settings_are_documented() -> None:
     """Every setting has a docstring under it: that is its --help."""
     tree = ast.parse((SRC / "config.py").read_text(encoding="utf-8"))
-    for cls in [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config") and n.name != "Config"]:
+    for cls in [
+        n
+        for n in tree.body
+        if isinstance(n, ast.ClassDef) and n.name.endswith("Config") and n.name != "Config"
+    ]:
         for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign):
                 documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

@@ -105,5 +105,3 @@ def _page(f: dict[str, Any]) -> str:
         state = p["version"] or f"missing; pip install 'regpt[{p['extra']}]'"
         lines.append(f"{name:<12}{state}  ({p['for']})")
     return "\n".join(lines)
-
-

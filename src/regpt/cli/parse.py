@@ -42,9 +42,10 @@ def options(make: type, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(make, include_extras=True)
     for f in dataclasses.fields(make):
-        kind, marks = hints[f.name], ()
+        kind: Any = hints[f.name]
+        marks: list[Any] = []
         if typing.get_origin(kind) is typing.Annotated:
-            kind, *marks = typing.get_args(kind)  # type: ignore[assignment]
+            kind, *marks = typing.get_args(kind)
         if "positional" in repr(marks).lower():
             continue
         if dataclasses.is_dataclass(kind):
@@ -73,7 +74,8 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(make, args=_normalised(argv), prog=prog, description=description, **extra)
+            made = tyro.cli(make, args=_normalised(argv), prog=prog, description=description, **extra)
+            return typing.cast(T, made)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -94,9 +96,7 @@ def _normalised(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def _error(
-    complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str
-) -> ConfigError | UsageError:
+def _error(complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str) -> ConfigError | UsageError:
     """tyro's boxed complaint as one of our errors."""
     for word in argv:
         option = word.partition("=")[0].replace("_", "-")
@@ -201,7 +201,9 @@ class _Lines:
         left = (now - self.begun) * (self.total - done) / done if done else 0.0
         amount = f"{done:,.0f} of {self.total:,.0f} {self.unit}".strip()
         print(
-            f"{self.description}: {amount}, {duration(left)} left {note}".rstrip(), file=sys.stderr, flush=True
+            f"{self.description}: {amount}, {duration(left)} left {note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -33,16 +33,14 @@ def main(argv: list[str]) -> int:
     """`regpt plan`."""
     name, rest = preset_and_rest(argv)
     preset = load_preset(name)
-    args = parse(
-        Args, rest, prog="regpt plan", description=__doc__ or "", default=Args(config=preset.config)
-    )
+    args = parse(Args, rest, prog="regpt plan", description=__doc__ or "", default=Args(config=preset.config))
+    from regpt.data.corpus import known_corpus
     from regpt.train.machine import choose_dtype, measure_flops, probe
     from regpt.train.plan import as_dict, make_plan
-    from regpt.train.session import known_data
 
     config = args.config
     machine = probe(config.train.device, config.train.threads)
-    vocab_size, shards = known_data(config)
+    vocab_size, shards = known_corpus(config)
     plan = make_plan(
         config,
         machine,
@@ -65,7 +63,9 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
     lines = []
     if shards is not None:
         data, train = shards.manifest, shards.split("train")
-        val = f" + {shards.split('val').n_tokens:,} validation" if "val" in shards.splits else ", no validation"
+        val = (
+            f" + {shards.split('val').n_tokens:,} validation" if "val" in shards.splits else ", no validation"
+        )
         lines.append(
             f"data      {data.source.name}: {train.n_tokens:,} training{val} tokens, "
             f"{data.tokenizer.kind} of {plan.vocab_size:,}"
@@ -97,5 +97,3 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
 def gib(n: Any) -> str:
     """Bytes as GiB or MiB."""
     return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.0f} MiB"
-
-

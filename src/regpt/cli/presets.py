@@ -30,13 +30,20 @@ def main(argv: list[str]) -> int:
     presets = [load_preset(name) for name in preset_names()]
     width = max(len(p.name) for p in presets)
     lines = [f"{p.name:<{width}}  {p.about.summary}" for p in presets]
-    lines += ["", "regpt presets NAME shows one; regpt plan NAME says what it needs; regpt train NAME runs it."]
+    lines += [
+        "",
+        "regpt presets NAME shows one; regpt plan NAME says what it needs; regpt train NAME runs it.",
+    ]
     out.result({"presets": [_as_dict(p) for p in presets]}, "\n".join(lines))
     return 0
 
 
 def _as_dict(preset: Preset) -> dict[str, object]:
-    return {"name": preset.name, **dataclasses.asdict(preset.about), "settings": dataclasses.asdict(preset.config)}
+    return {
+        "name": preset.name,
+        **dataclasses.asdict(preset.about),
+        "settings": dataclasses.asdict(preset.config),
+    }
 
 
 def _page(preset: Preset) -> str:

@@ -114,7 +114,9 @@ class Screen:
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
         self.resumed_at = step
         if step >= self.config.train.steps:
-            self.out.info(f"{values['run']} is finished (step {step}); --train.steps N goes on, --fresh begins anew.")
+            self.out.info(
+                f"{values['run']} is finished (step {step}); --train.steps N goes on, --fresh begins anew."
+            )
         else:
             self.out.info(f"continuing {values['run']} from step {step}.")
 

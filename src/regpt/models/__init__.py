@@ -10,9 +10,10 @@ What a model must offer, so that training, evaluation and generation need not kn
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # so that models/count.py answers without loading torch
+    import torch
 
 from regpt.config import ModelConfig
 

@@ -1,12 +1,22 @@
-"""Text to ids and back. One protocol, four kinds: gpt2, chars, bytes, and bpe trained on one's own text."""
+"""Text to ids and back. One protocol, four kinds: gpt2, chars, bytes, and bpe trained on one's own text.
+
+Importing this package imports none of the libraries behind the kinds.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
+
+from regpt.errors import ConfigError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
+HEADER = "regpt-tokenizer.json"
+FORMAT = 1
+KINDS = ("gpt2", "chars", "bytes", "bpe")
+"""Each is a module of this package, with `load(folder)`."""
 
 
 @runtime_checkable
@@ -49,4 +59,58 @@ class Tokenizer(Protocol):
         """The exact bytes; special tokens as their text."""
 
     def save(self, folder: Path) -> None:
-        """Write everything that `load_tokenizer` needs into `folder`: JSON (and GPT-2's two text files) only."""
+        """Write what `load_tokenizer` needs into `folder`: JSON (and GPT-2's two text files) only."""
+
+
+def open_tokenizer(name: str, *, files: str | None = None) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+        name: gpt2, bytes, a folder with a saved tokenizer of any kind, or a run, which keeps one inside.
+        files: a folder with GPT-2's encoder.json and vocab.bpe. None: see `regpt.tokenizers.gpt2.open_gpt2`.
+
+    Raises:
+        ConfigError: `name` is none of these. chars and bpe alone are recipes, to be trained on a text.
+        DataError: the tokenizer's files are missing, damaged, or cannot be downloaded.
+    """
+    if name == "gpt2":
+        from regpt.tokenizers.gpt2 import open_gpt2
+
+        return open_gpt2(files)
+    if name == "bytes":
+        from regpt.tokenizers.bytes import ByteTokenizer
+
+        return ByteTokenizer()
+    expected = "gpt2, bytes, or a folder with a saved tokenizer"
+    if name in KINDS:
+        raise ConfigError(
+            f"a {name} tokenizer is trained on a text, and none is given here.", expected=expected
+        )
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"there is no tokenizer {name!r}.{did_you_mean(name, KINDS)}", expected=expected)
+    inside_run = folder / "tokenizer"
+    return load_tokenizer(inside_run if inside_run.is_dir() else folder)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into `folder`, verified by its fingerprint.
+
+    Raises DataError naming the file that is missing, damaged, or of another version of regpt.
+    """
+    from regpt.tokenizers.files import damaged, read_json
+
+    path = folder / HEADER
+    header = read_json(path)
+    version, kind, fingerprint = (header.get(key) for key in ("format", "kind", "fingerprint"))
+    if version != FORMAT:
+        raise damaged(path, "this regpt does not know its format", got=repr(version)[:80], expected=FORMAT)
+    if kind not in KINDS:
+        raise damaged(
+            path, "there is no such kind of tokenizer", got=repr(kind)[:80], expected=", ".join(KINDS)
+        )
+    tokenizer = cast(Tokenizer, importlib.import_module(f"regpt.tokenizers.{kind}").load(folder))
+    if tokenizer.fingerprint != fingerprint:
+        why = "its fingerprint is not that of the files beside it"
+        raise damaged(path, why, got=repr(fingerprint)[:80], expected=tokenizer.fingerprint)
+    return tokenizer

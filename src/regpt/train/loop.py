@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,16 +27,27 @@ from regpt.models import LanguageModel
 from regpt.optim.groups import adamw
 from regpt.optim.schedule import learning_rate
 from regpt.tokenizers import Tokenizer
-from regpt.train import checkpoint
+from regpt.train import checkpoint, named
 from regpt.train.machine import Machine, peak_memory_bytes
 from regpt.train.plan import Plan
+from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
+from regpt.train.track import Tracker
 
 EVAL_TOKENS = 16_384  # evaluation has no gradients to keep, so its passes may be at least this large
+COUNTERS = (
+    "step",
+    "seconds",
+    "evaluated_step",
+    "val_loss",
+    "val_bits_per_byte",
+    "best_step",
+    "best_val_loss",
+)
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
-Say = Callable[[str, int, dict[str, Any]], None]
-"""Called with (event, step, values) for step, eval, sample, save and note."""
+Listener = Callable[[str, int, dict[str, Any]], None]
+"""Hears (event, step, values): step, eval, sample, save and note."""
 
 
 @dataclass(kw_only=True)
@@ -55,27 +66,15 @@ class TrainState:
     val_bits_per_byte: float | None = None
     best_step: int | None = None
     best_val_loss: float | None = None
-    counters: tuple[str, ...] = field(
-        default=(
-            "step",
-            "seconds",
-            "evaluated_step",
-            "val_loss",
-            "val_bits_per_byte",
-            "best_step",
-            "best_val_loss",
-        ),
-        init=False,
-    )
 
 
 class Trainer:
     """One run on one process.
 
     Args:
-        run_checkpoints: the folder for `step-NNNNNN/` directories.
+        run: where checkpoints and the log go.
         facts: plain values stored with every checkpoint, so that it can be loaded without the run's settings.
-        say: hears of every event.
+        trackers, listen: hear of every event, after the log.
         stop: polled between micro-batches and evaluation passes.
     """
 
@@ -88,13 +87,15 @@ class Trainer:
         tokenizer: Tokenizer,
         shards: Shards,
         *,
-        run_checkpoints: Any,
+        run: RunDirectory,
         facts: dict[str, Any],
-        say: Say,
+        trackers: Sequence[Tracker],
+        listen: Listener,
         stop: StopRequest,
     ) -> None:
         self.config, self.plan, self.machine, self.tokenizer = config, plan, machine, tokenizer
-        self.folder, self.facts, self.say, self.stop = run_checkpoints, facts, say, stop
+        self.run_directory, self.facts, self.stop = run, facts, stop
+        self.trackers, self.listen = trackers, listen
         model.to(machine.device)
         self.state = TrainState(
             model=model,
@@ -126,7 +127,7 @@ class Trainer:
             TrainingDiverged: a loss or gradient was not finite; the update was not made.
         """
         s, total = self.state, self.plan.steps
-        cast(nn.Module, s.model).train()
+        s.model.train()
         try:
             while True:
                 last = s.step >= total
@@ -134,13 +135,13 @@ class Trainer:
                     self.evaluate()
                     self.sample_if_due(last)
                 if s.step != self.saved_step and self._save_due(last):
-                    self.save()
+                    self.save(required=last)
                 if last:
                     return
                 self.train_step()
         except _Stopped:
             if self.saved_step != s.step:
-                self.save()
+                self.save(required=True)
             raise Interrupted(
                 f"stopped by {self.stop.name} after step {s.step}; everything is saved.",
                 signum=self.stop.signum or 2,
@@ -236,7 +237,9 @@ class Trainer:
 
     def check_finite(self, loss: float, norm: float) -> None:
         """Before the update: a loss or gradient that is not finite must not reach the weights."""
-        scaling = self.state.scaler.is_enabled()  # float16 overflows now and then; the scaler skips that update
+        scaling = (
+            self.state.scaler.is_enabled()
+        )  # float16 overflows now and then; the scaler skips that update
         if math.isfinite(loss) and (math.isfinite(norm) or scaling):
             return
         step, rows = self.state.step, self.plan.batch_rows
@@ -269,39 +272,64 @@ class Trainer:
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def save(self) -> None:
-        """A checkpoint of this very step, then retention."""
+    def save(self, *, required: bool) -> None:
+        """A checkpoint of this very step, then retention.
+
+        Args:
+            required: a failure ends the run. Otherwise it is said, and training goes on to the next save: the
+                checkpoints that are there stay as they are.
+        """
         s = self.state
-        tensors, scalars = checkpoint.optimizer_tensors(s.model, s.optimizer)
+        tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
         began = time.perf_counter()
-        path = checkpoint.save_checkpoint(
-            self.folder,
-            step=s.step,
-            model=checkpoint.model_tensors(s.model),
-            optimizer=tensors,
-            state=self.facts
-            | {name: getattr(s, name) for name in s.counters}
-            | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
-        )
+        self.run_directory.sync()  # no step below the checkpoint may miss its line
+        folder = self.run_directory.checkpoints
+        try:
+            path = checkpoint.save_checkpoint(
+                folder,
+                step=s.step,
+                model=named.model_tensors(s.model),
+                optimizer=tensors,
+                state=self.facts
+                | {name: getattr(s, name) for name in COUNTERS}
+                | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
+            )
+        except checkpoint.SaveFailed as e:
+            if required:
+                raise
+            self.say("note", s.step, {"text": f"{e}\n  training goes on; the next save will try again."})
+            return
         self.saved_step = s.step
-        checkpoint.prune(self.folder, keep=self.config.save.keep, best=s.best_step)
+        checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
         self.say("save", s.step, {"path": path.name, "save_s": time.perf_counter() - began})
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Continue from a verified checkpoint."""
         s = self.state
-        checkpoint.load_model_tensors(s.model, found.model_tensors())
+        named.load_model_tensors(s.model, found.model_tensors())
         optimizer = found.optimizer_tensors()
         if optimizer is None:
             raise CheckpointError(
                 f"{found.path} holds weights only, so training cannot continue from it.",
                 hint="train in another --out, or --fresh",
             )
-        checkpoint.load_optimizer(s.model, s.optimizer, optimizer, found.state["optimizer_scalars"])
+        named.load_optimizer(s.model, s.optimizer, optimizer, found.state["optimizer_scalars"])
         s.scaler.load_state_dict(found.state["scaler"])
-        for name in s.counters:
+        for name in COUNTERS:
             setattr(s, name, found.state[name])
         self.saved_step = s.step
+
+    def say(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Into the log, to the trackers, to whoever listens."""
+        self.run_directory.log(event, step, values)
+        for tracker in self.trackers:
+            tracker.event(event, step, values)
+        self.listen(event, step, values)
+
+    def close(self) -> None:
+        """Let the trackers write what they hold."""
+        for tracker in self.trackers:
+            tracker.close()
 
     # --- small parts -------------------------------------------------------------------------------------------------
 
@@ -349,7 +377,9 @@ class Trainer:
                 return cast(Tensor, compiled(x, y))
             except torch._dynamo.exc.TorchDynamoException as e:
                 reason = str(e).strip().splitlines()[0]
-                self.say("note", self.state.step, {"text": f"torch.compile failed, going on without it: {reason}"})
+                self.say(
+                    "note", self.state.step, {"text": f"torch.compile failed, going on without it: {reason}"}
+                )
                 self.compute_loss = model
                 return cast(Tensor, model(x, y))
 

@@ -122,7 +122,9 @@ def _check(config: Config) -> None:
     }
     for name, value in positive.items():
         if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1.", got=value, hint="none turns an optional setting off")
+            raise ConfigError(
+                f"{name} must be at least 1.", got=value, hint="none turns an optional setting off"
+            )
     if config.sample.tokens < 0:
         raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
     if not 0 <= config.seed < 2**63:
@@ -159,4 +161,6 @@ def _largest_that_fits(rows: int, T: int, machine: Machine, memory: object) -> i
 
 def as_dict(plan: Plan) -> dict[str, object]:
     """Plain values, for run.json and --json."""
-    return dataclasses.asdict(plan) | {"memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}}
+    return dataclasses.asdict(plan) | {
+        "memory": dataclasses.asdict(plan.memory) | {"total": plan.memory.total}
+    }

@@ -1,0 +1,34 @@
+"""Writes docs/cli.md from the commands' own help, so that the page cannot drift: `make docs`; a test compares."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+
+from regpt.cli import COMMANDS, main, usage
+
+WIDTH = "110"
+
+
+def page() -> str:
+    """The whole page, in Markdown."""
+    os.environ["COLUMNS"] = WIDTH
+    parts = [
+        "# The command line\n\nMade from the commands' own help by `make docs`.\n",
+        f"```\n{usage()}\n```\n",
+    ]
+    for name in COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            main([name, "--help"])
+        parts.append(f"## regpt {name}\n\n```\n{_plain(text.getvalue())}\n```\n")
+    return "\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+if __name__ == "__main__":
+    print(page(), end="")

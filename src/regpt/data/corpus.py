@@ -1,0 +1,132 @@
+"""The text that a run asks for, as a tokenizer and its shards: prepared on first use, found again afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regpt.config import Config, TokenizerConfig
+from regpt.data.prepare import prepare, training_texts
+from regpt.data.shards import MANIFEST, Shards
+from regpt.data.sources import Source, open_source
+from regpt.errors import ConfigError, DataError
+from regpt.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+
+Listener = Callable[[str, int, dict[str, Any]], None]
+TRAINED = ("chars", "bpe")
+"""Tokenizers that are made from the text itself."""
+GUESSED_CHARACTERS = 96  # printable ASCII and the line end: what a plan assumes before the text was seen
+
+
+def corpus(
+    config: Config, listen: Listener = lambda *_: None, *, kept_tokenizer: Path | None = None
+) -> tuple[Tokenizer, Shards]:
+    """The tokenizer and shards of `config`, prepared now if they are not there yet.
+
+    Args:
+        listen: hears ("info", 0, {"text"}) and ("progress", 0, {"description", "done", "total", "unit"}).
+        kept_tokenizer: a run's own tokenizer folder; used, if it exists, instead of training one again.
+
+    Raises:
+        DataError: the source, the tokenizer or the shards are missing, damaged, or do not belong together.
+    """
+    if not config.data.source:
+        raise ConfigError(
+            "data.source is not set.", hint="--data.source FILE, a folder, a glob, or a named set"
+        )
+    if (Path(config.data.source).expanduser() / MANIFEST).exists():
+        return _prepared(Path(config.data.source).expanduser(), config)
+    source = open_source(config.data.source, text_field=config.data.text_field)
+    val_source = None
+    if config.data.val_source is not None:
+        val_source = open_source(config.data.val_source, text_field=config.data.text_field)
+    folder = data_folder(config, source, val_source)
+    if (folder / MANIFEST).exists():
+        return _prepared(folder, config)
+    tokenizer = tokenizer_for(config.tokenizer, source, config, listen, kept=kept_tokenizer)
+    listen("info", 0, {"text": f"preparing {source.name} into {folder}"})
+
+    def progress(done: int, total: int) -> None:
+        values = {"description": "tokenising", "done": done, "total": total, "unit": "bytes"}
+        listen("progress", 0, values)
+
+    prepare(
+        source,
+        tokenizer,
+        folder,
+        val_fraction=config.data.val_fraction,
+        val_source=val_source,
+        workers=config.data.workers,
+        progress=progress,
+    )
+    return _prepared(folder, config)
+
+
+def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
+    """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
+    if config.data.dir is not None:
+        return Path(config.data.dir).expanduser()
+    asked = {
+        "source": source.fingerprint,
+        "val_source": val_source.fingerprint if val_source else None,
+        "val_fraction": config.data.val_fraction,
+        "tokenizer": config.tokenizer.name,
+        "vocab_size": config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else None,
+    }
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("data") / f"{source.name}-{Path(config.tokenizer.name).name}-{key}"
+
+
+def tokenizer_for(
+    asked: TokenizerConfig, source: Source, config: Config, listen: Listener, *, kept: Path | None = None
+) -> Tokenizer:
+    """The tokenizer that `asked` names; chars and bpe are trained on the training part of `source`."""
+    if asked.name not in TRAINED:
+        return open_tokenizer(asked.name, files=asked.files)
+    if kept is not None and kept.exists():
+        return load_tokenizer(kept)
+    from regpt.tokenizers.bpe import train_bpe
+    from regpt.tokenizers.chars import train_chars
+
+    texts = training_texts(source, config.data.val_fraction)
+    if asked.name == "chars":
+        return train_chars(texts)
+    listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
+    return train_bpe(texts, asked.vocab_size)
+
+
+def known_corpus(config: Config) -> tuple[int, Shards | None]:
+    """The vocabulary size, and the shards where they are prepared already; touches and downloads nothing."""
+    path = Path(config.data.source).expanduser()
+    try:
+        if config.data.source and (path / MANIFEST).exists():
+            shards = _prepared(path, config)[1]
+            return shards.manifest.tokenizer.vocab_size, shards
+        folder = data_folder(config, open_source(config.data.source, text_field=config.data.text_field))
+        if (folder / MANIFEST).exists():
+            shards = _prepared(folder, config)[1]
+            return shards.manifest.tokenizer.vocab_size, shards
+    except DataError:
+        pass  # not on this machine yet; a plan does not need it
+    sizes = {"gpt2": 50257, "bytes": 257, "bpe": config.tokenizer.vocab_size, "chars": GUESSED_CHARACTERS + 1}
+    if config.tokenizer.name in sizes:
+        return sizes[config.tokenizer.name], None
+    return open_tokenizer(config.tokenizer.name, files=config.tokenizer.files).vocab_size, None
+
+
+def _prepared(folder: Path, config: Config) -> tuple[Tokenizer, Shards]:
+    """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer."""
+    shards = Shards.open(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    has, asks = shards.manifest.tokenizer, config.tokenizer.name
+    other = asks not in ("gpt2", "bytes", *TRAINED)  # a folder
+    wanted = open_tokenizer(asks).fingerprint if other else None
+    if (wanted or asks) != (has.fingerprint if other else has.kind):
+        raise DataError(
+            f"{folder} was written with tokenizer {has.kind} ({has.fingerprint[:8]}), this run asks for {asks}.",
+            hint=f"--tokenizer.name {has.kind}, or other shards: regpt prepare … --tokenizer {asks}",
+        )
+    return tokenizer, shards

@@ -1,0 +1,381 @@
+"""A part of a file as documents, and a document as pieces of text: a document of any length passes in constant memory.
+
+Pieces are cut where no token can reach across, so that the ids of the pieces, one after another, are the ids of the
+whole. Why the cuts of `CUT` are safe: a byte-level BPE merges only within the stretches that its split pattern finds.
+No stretch of GPT-2's pattern, nor of cl100k's and o200k's, holds a letter or digit followed by white space or by
+punctuation other than an apostrophe, a letter followed by a digit, or anything but white space followed by a space; and
+none of these patterns looks behind, nor looks ahead past a character that is not white space.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import mmap
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from regpt.errors import DataError, missing_package
+from regpt.tokenizers import END_OF_TEXT
+
+Form = Literal["text", "jsonl", "parquet"]
+Document = Callable[[], Iterable[str]]
+"""Gives the document's text in pieces, anew at each call. Raises UnicodeError where it is not valid UTF-8."""
+
+DELIMITERS: dict[Form, bytes] = {"text": END_OF_TEXT.encode(), "jsonl": b"\n"}
+PIECE_BYTES = 1 << 20
+LONG_LINE_BYTES = (
+    8 << 20
+)  # a longer JSON line is not parsed whole: as Python objects it may take five times its size
+HEAD_BYTES = 8192  # a NUL in the first so many bytes marks a binary file, as git and grep have it
+
+_STOPS = r"\n.,;:!?()\[\]{}<>=+/\"，。、"
+CUT = re.compile(rf"\S(?= )|[0-9A-Za-zぁ-ゖァ-ヺ一-龥가-힣](?=[{_STOPS}])|[A-Za-z](?=[0-9])")
+_BYTES_CUT = re.compile(rb"[0-9A-Za-z.,;:!?)\"'](?= )|[0-9A-Za-z](?=\n)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit of work: a range of one file, whose documents one process reads. Plain values, so it travels as JSON."""
+
+    path: str
+    label: str
+    """The file that the user knows; differs from `path` where that is a piece of a packed one."""
+    form: Form
+    start: int
+    """A byte; of parquet a row group. The part's documents are those that begin in [start, end)."""
+    end: int
+    stored_bytes: int
+    """How much of the source's files this part stands for."""
+    text_field: str = "text"
+    fragment: Literal["middle", "last"] | None = None
+    """Not whole documents, but a stretch of one, or its end."""
+    offset: int = 0
+    """Unpacked bytes of the file before `path` begins, and lines."""
+    line: int = 0
+    temporary: bool = False
+    """Made for this part alone; to be deleted after it."""
+
+
+def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+    """The documents of a part, in order. Valid only until the next one is asked for.
+
+    Args:
+        skipped: what is left out is counted here by reason.
+
+    Raises:
+        DataError: a line that is not JSON, a missing field; naming file and line.
+    """
+    if part.form == "parquet":
+        yield from _parquet(part, skipped)
+    elif not Path(part.path).stat().st_size:
+        skipped["empty"] += part.offset == 0
+    else:
+        with open(part.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from (_json_lines if part.form == "jsonl" else _texts)(data, part, skipped)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
+    if b"\0" in data[:HEAD_BYTES]:
+        skipped["binary"] += part.start + part.offset == 0
+        return
+    if part.fragment:
+        yield lambda: _decoded(data, part.start, part.end)
+        return
+    for begin, stop in _records(data, part):
+        # A line end next to a separator belongs to the separator: it stands on a line of its own.
+        if begin + part.offset > 0:
+            begin += {b"\r\n": 2, b"\n": 1}.get(data[begin : begin + 2], data[begin : begin + 1] == b"\n")
+        last = stop == len(data)
+        if not last and begin < stop and data[stop - 1] == 10:
+            stop -= 2 if stop - begin > 1 and data[stop - 2] == 13 else 1
+        if begin < stop:
+            yield lambda begin=begin, stop=stop: _decoded(data, begin, stop)  # type: ignore[misc]
+        elif not last:
+            skipped["empty"] += 1
+
+
+def _records(data: mmap.mmap, part: Part) -> Iterator[tuple[int, int]]:
+    """[begin, stop) of what stands between delimiters and begins in the part."""
+    delimiter = DELIMITERS[part.form]
+    begin, width = 0, len(delimiter)
+    if part.start:
+        found = data.find(delimiter, max(part.start - width, 0), part.end)
+        begin = found + width if found >= 0 else part.end
+    while begin < part.end:
+        found = data.find(delimiter, begin)
+        stop = found if found >= 0 else len(data)
+        yield begin, stop
+        begin = stop + width
+
+
+def _decoded(data: mmap.mmap | memoryview, begin: int, stop: int) -> Iterator[str]:
+    if stop - begin <= PIECE_BYTES:
+        return iter((bytes(data[begin:stop]).decode(),))
+    return cut_safely(_decode_blocks(data, begin, stop))
+
+
+def _decode_blocks(data: mmap.mmap | memoryview, begin: int, stop: int) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(begin, stop, PIECE_BYTES):
+        yield decoder.decode(bytes(data[at : min(at + PIECE_BYTES, stop)]), at + PIECE_BYTES >= stop)
+
+
+def cut_safely(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in other pieces: cut only at `CUT`, however far the next one is."""
+    held = ""
+    for block in blocks:
+        searched = max(len(held) - 1, 0)
+        held += block
+        cut = _last_cut(held, searched)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def _last_cut(text: str, start: int) -> int:
+    """The last place from `start` on where `text` may be cut, or 0."""
+    width = 1024
+    while True:
+        begin = max(start, len(text) - width)
+        *_, last = 0, *(m.end() for m in CUT.finditer(text, begin))
+        if last or begin == start:
+            return last
+        width *= 32
+
+
+def cut_near(data: mmap.mmap, at: int, stop: int) -> int:
+    """The first byte from `at` on where UTF-8 text may be cut, or `stop`."""
+    found = _BYTES_CUT.search(data, at, stop) if at < stop else None
+    return found.end() if found else stop
+
+
+@dataclass(frozen=True)
+class TextScan:
+    """What one pass over a text file finds."""
+
+    chars: int
+    separated: bool
+    """It holds `<|endoftext|>`."""
+    binary: bool
+    invalid_at: int | None
+    """The first byte that is not UTF-8."""
+    block_chars: tuple[int, ...]
+    """Characters that begin in each block of `PIECE_BYTES`."""
+
+    @classmethod
+    def of(cls, blocks: Iterable[bytes]) -> TextScan:
+        """Of a file in blocks of PIECE_BYTES, the last one shorter."""
+        decoder, counts = codecs.getincrementaldecoder("utf-8")(), []
+        edge, read, separated, binary, invalid_at = b"", 0, False, False, None
+        for block in blocks:
+            binary = binary or (not read and b"\0" in block[:HEAD_BYTES])
+            separated = separated or DELIMITERS["text"] in edge + block
+            edge = block[-len(DELIMITERS["text"]) :]
+            if invalid_at is None:
+                pending = len(decoder.getstate()[0])
+                try:
+                    decoder.decode(block)
+                except UnicodeDecodeError as e:
+                    invalid_at = read - pending + e.start
+            counts.append(len(block) - int(np.count_nonzero(_continues(block))))
+            read += len(block)
+        if invalid_at is None and decoder.getstate()[0]:
+            invalid_at = read - len(decoder.getstate()[0])
+        return cls(sum(counts), separated, binary, invalid_at, tuple(counts))
+
+    def byte_offset(self, data: mmap.mmap, char: int) -> int:
+        """Where character number `char` begins; the end of the text for one past the last."""
+        for number, count in enumerate(self.block_chars):
+            if char < count:
+                block = data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
+                return number * PIECE_BYTES + int(np.flatnonzero(~_continues(block))[char])
+            char -= count
+        return len(data)
+
+
+def _continues(block: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which bytes continue a UTF-8 character."""
+    return (np.frombuffer(block, np.uint8) & 0xC0) == 0x80
+
+
+# --- JSON lines ------------------------------------------------------------------------------------------------------
+
+_BLANK = re.compile(rb"[ \t\r\n]*+")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_SCALAR = re.compile(rb'[^\s,"{}\[\]]++')
+_NESTING = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+([{}\[\]])', re.DOTALL)
+# Whole escapes, and a surrogate pair in one; at most 2048 x 512 bytes.
+_UNITS = re.compile(
+    rb"(?:[^\\]{1,512}+|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,2048}+", re.DOTALL
+)
+
+
+def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
+    # Lines end at b"\n" alone: U+0085 and U+2028, at which str.splitlines cuts, may stand inside a JSON string.
+    for begin, stop in _records(data, part):
+        if stop - begin > LONG_LINE_BYTES and (span := _text_span(data, begin, stop, part.text_field)):
+            yield lambda span=span: cut_safely(_unescaped(data, *span))  # type: ignore[misc]
+            continue
+        line = data[begin:stop].strip(b" \t\r")
+        if not line:
+            continue
+        try:
+            value = json.loads(line.decode())
+        except UnicodeDecodeError:
+            skipped["invalid UTF-8"] += 1
+            continue
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{_where(data, part, begin)} is not valid JSON: {e}") from None
+        text = _field(value, part.text_field, lambda: _where(data, part, begin))
+        if text is None:
+            skipped["empty"] += 1
+        elif len(line) <= PIECE_BYTES:
+            yield lambda text=text: (text,)  # type: ignore[misc]
+        else:
+            yield lambda text=text: cut_safely(_blocks_of(text))  # type: ignore[misc]
+
+
+def _where(data: mmap.mmap, part: Part, begin: int) -> str:
+    """file:line of a record; counted only when something is wrong with it."""
+    line = 1 + part.line
+    for at in range(0, begin, PIECE_BYTES):
+        line += data[at : min(at + PIECE_BYTES, begin)].count(b"\n")
+    return f"{part.label}:{line}"
+
+
+def _field(value: object, name: str, where: Callable[[], str]) -> str | None:
+    if not isinstance(value, dict):
+        raise DataError(f"{where()}: each line must be a JSON object.", got=type(value).__name__)
+    if name not in value:
+        raise _missing_field(where(), name, value)
+    text = value[name]
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where()}: the field {name!r} is not text.", got=type(text).__name__)
+    return text
+
+
+def _missing_field(where: str, name: str, present: Iterable[str]) -> DataError:
+    return DataError(
+        f"{where} has no field {name!r}.",
+        got=f"the fields {', '.join(sorted(present)) or '(none)'}",
+        hint="name the field that holds the text: --text-field NAME (regpt train: --data.text-field)",
+    )
+
+
+def _blocks_of(text: str) -> Iterator[str]:
+    return (text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
+
+
+def _text_span(data: mmap.mmap, begin: int, stop: int, name: str) -> tuple[int, int] | None:
+    """[begin, stop) of the string called `name` in the JSON object there, still escaped; None where it is not found."""
+    try:
+        at = _skip(_BLANK, data, begin, stop)
+        closing = b"{"
+        while data[at : at + 1] == closing:
+            at = key = _skip(_BLANK, data, at + 1, stop)
+            at = _skip(_STRING, data, at, stop)
+            is_wanted = json.loads(data[key:at]) == name
+            at = _skip(_BLANK, data, at, stop)
+            if data[at : at + 1] != b":":
+                return None
+            at = value = _skip(_BLANK, data, at + 1, stop)
+            first = data[at : at + 1]
+            if first == b'"':
+                at = _skip(_STRING, data, at, stop)
+            elif first in (b"{", b"["):
+                at = _skip_nested(data, at, stop)
+            else:
+                at = _skip(_SCALAR, data, at, stop)
+            if is_wanted:
+                return (value + 1, at - 1) if first == b'"' else None
+            at, closing = _skip(_BLANK, data, at, stop), b","
+    except ValueError:
+        pass  # the whole line is parsed then, and says better what is wrong
+    return None
+
+
+def _skip(pattern: re.Pattern[bytes], data: mmap.mmap, at: int, stop: int) -> int:
+    found = pattern.match(data, at, stop)
+    if found is None:
+        raise ValueError("not JSON")
+    return found.end()
+
+
+def _skip_nested(data: mmap.mmap, at: int, stop: int) -> int:
+    depth = 0
+    while True:
+        at = _skip(_NESTING, data, at, stop)
+        depth += 1 if data[at - 1 : at] in (b"{", b"[") else -1
+        if depth == 0:
+            return at
+
+
+def _unescaped(data: mmap.mmap, begin: int, stop: int) -> Iterator[str]:
+    """The text of a JSON string between its quotes, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    while begin < stop:
+        found = _UNITS.match(data, begin, stop)
+        if found is None:
+            raise DataError(f"byte {begin}: a broken escape in a JSON string.")
+        begin = found.end()
+        try:
+            yield json.loads(f'"{decoder.decode(found[0], begin == stop)}"')
+        except json.JSONDecodeError as e:
+            raise DataError(f"byte {begin}: not valid inside a JSON string: {e}") from None
+
+
+# --- parquet ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise missing_package("pyarrow", "data", "reading parquet files") from None
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            yield file
+    except arrow.ArrowException as e:
+        raise DataError(f"{path} is damaged or not parquet: {e}") from None
+
+
+def row_groups(path: Path, text_field: str) -> int:
+    """Number of row groups of a parquet file that has the field, as text.
+
+    Raises:
+        DataError: it has no such field, or the field holds something else.
+    """
+    with _parquet_file(path) as file:
+        schema = file.schema_arrow
+        if text_field not in schema.names:
+            raise _missing_field(str(path), text_field, schema.names)
+        kind = str(schema.field(text_field).type)
+        if kind not in ("string", "large_string", "binary", "large_binary"):
+            raise DataError(f"{path}: the field {text_field!r} is not text.", got=kind)
+        return int(file.num_row_groups)
+
+
+def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+    with _parquet_file(Path(part.path)) as file:
+        groups = range(part.start, part.end)
+        for batch in file.iter_batches(64, row_groups=groups, columns=[part.text_field], use_threads=False):
+            for value in batch.column(0):
+                if not value.is_valid or not len(buffer := memoryview(value.as_buffer())):
+                    skipped["empty"] += 1
+                else:
+                    yield lambda buffer=buffer: _decoded(buffer, 0, len(buffer))  # type: ignore[misc]

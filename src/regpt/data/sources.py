@@ -1,0 +1,327 @@
+"""Where text comes from: a file, folder, glob or named set, as a list of files and then as parts to work on.
+
+Nothing is read twice without need, and nothing is read whole: a part is a range of a file that one process can turn
+into documents (`regpt.data.documents`) without seeing the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import mmap
+import os
+import re
+import sys
+import sysconfig
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+import xxhash
+
+from regpt.data.documents import DELIMITERS, PIECE_BYTES, Form, Part, TextScan, cut_near, row_groups
+from regpt.errors import DataError, did_you_mean, missing_package
+
+PART_BYTES = (
+    4 << 20
+)  # a fifth of a second of tokenising: small enough to share out, large enough to hide the overhead
+CONTENT_BYTES = (
+    256 << 20
+)  # up to here a source is known by its content, above by names, sizes and times of its files
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+NAMED_SETS = ("shakespeare", "python-stdlib")
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+PACKINGS = (".gz", ".xz", ".zst")
+# How much larger text is than its file: a rough figure for the estimate of disk, from English text.
+UNPACKED_RATIO = {"": 1, ".gz": 3, ".xz": 4, ".zst": 3, ".parquet": 2}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    path: Path
+    label: str
+    """Its name within the source, with forward slashes: what sorting and fingerprint go by."""
+    form: Form
+    packing: Literal["", ".gz", ".xz", ".zst"]
+    size: int
+
+    @classmethod
+    def of(cls, path: Path, label: str) -> SourceFile:
+        """The file at `path`; its form follows from its name."""
+        suffixes = [s.lower() for s in path.suffixes[-2:]]
+        packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
+        inner = suffixes[-1] if suffixes else ""
+        form: Form = (
+            "jsonl" if inner in (".jsonl", ".ndjson") else "parquet" if inner == ".parquet" else "text"
+        )
+        if form == "parquet" and packing:
+            raise DataError(f"{path}: parquet is packed inside already; unpack the {packing} around it.")
+        return cls(path, label, form, cast(Literal["", ".gz", ".xz", ".zst"], packing), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text by the name that the user gave it. Made by `open_source`."""
+
+    spec: str
+    """What the user wrote."""
+    name: str
+    """Short and fit for a file name."""
+    files: tuple[SourceFile, ...]
+    text_field: str = "text"
+    """The field that holds the text in JSONL and parquet."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Files left out while listing, by reason."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the files as they are."""
+        return sum(f.size for f in self.files)
+
+    @property
+    def source_bytes(self) -> int:
+        """Estimated bytes of text."""
+        return sum(
+            f.size * UNPACKED_RATIO[".parquet" if f.form == "parquet" else f.packing] for f in self.files
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex; another one when the files change: by content up to 256 MiB, by size and time of change above."""
+        by_content = self.stored_bytes <= CONTENT_BYTES
+        digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}")
+        for f in self.files:
+            digest.update(f"\0{f.label}\0{f.size}\0")
+            if by_content:
+                with open(f.path, "rb") as file:
+                    while block := file.read(PIECE_BYTES):
+                        digest.update(block)
+            else:
+                digest.update(str(f.path.stat().st_mtime_ns))
+        return digest.hexdigest()
+
+    @cached_property
+    def scan(self) -> TextScan | None:
+        """What one pass over the only file found, if that is a text file; None for any other source."""
+        if len(self.files) != 1 or self.files[0].form != "text":
+            return None
+        file = self.files[0]
+        with unpacked(file) as (stream, _):
+            return TextScan.of(iter(lambda: read_block(stream, file.path), b""))
+
+    @property
+    def single_text(self) -> bool:
+        """One text without `<|endoftext|>` between documents: split by position, as nanoGPT does."""
+        return self.scan is not None and not self.scan.separated and not self.scan.binary
+
+    def parts(self, work: Path) -> Iterator[Part]:
+        """The source in order, the same parts every time.
+
+        Args:
+            work: a folder for pieces of packed files; whoever reads such a part (`Part.temporary`) deletes it.
+        """
+        for number, f in enumerate(self.files):
+            if f.form == "parquet":
+                groups = row_groups(f.path, self.text_field)
+                for g in range(groups):
+                    yield self._part(f, g, g + 1, f.size * (g + 1) // groups - f.size * g // groups)
+            elif f.packing:
+                yield from self._unpacked_parts(f, work / f"unpacked-{number}")
+            else:
+                for start in range(0, max(f.size, 1), PART_BYTES):
+                    end = min(start + PART_BYTES, f.size)
+                    yield self._part(f, start, end, end - start)
+
+    def _part(self, f: SourceFile, start: int, end: int, stored: int) -> Part:
+        return Part(str(f.path), str(f.path), f.form, start, end, stored, text_field=self.text_field)
+
+    def _unpacked_parts(self, f: SourceFile, prefix: Path) -> Iterator[Part]:
+        """A packed file, unpacked into plain files of about PART_BYTES that end where a record ends."""
+        delimiter = DELIMITERS[f.form]
+        with unpacked(f) as (stream, position):
+            offset = line = stored = number = 0
+            carried, ended = b"", False
+            while not ended:
+                path, size, lines, edge = f"{prefix}-{number}", 0, 0, b""
+                with open(path, "wb") as out:
+                    cut = -1
+                    while cut < 0 and not ended:
+                        block = carried or read_block(stream, f.path)
+                        carried, ended = b"", not block
+                        if size + len(block) >= PART_BYTES:
+                            found = (edge + block).rfind(delimiter)
+                            cut = found + len(delimiter) - len(edge) if found >= 0 else -1
+                        kept = block[:cut] if cut >= 0 else block
+                        carried = block[len(kept) :]
+                        out.write(kept)
+                        size, lines = size + len(kept), lines + kept.count(b"\n")
+                        edge = (edge + kept)[-(len(delimiter) - 1) :] if len(delimiter) > 1 else b""
+                done = f.size if ended else position()
+                yield Part(
+                    path,
+                    str(f.path),
+                    f.form,
+                    0,
+                    size,
+                    done - stored,
+                    text_field=self.text_field,
+                    offset=offset,
+                    line=line,
+                    temporary=True,
+                )
+                offset, line, stored, number = offset + size, line + lines, done, number + 1
+
+    def text_parts(self, work: Path, first_chars: int) -> Iterator[tuple[int, Part]]:
+        """A single text as two documents, the first of `first_chars` characters: (0 or 1, part) in order.
+
+        Every part is a fragment of its document, cut where no token can reach across.
+        """
+        scan, f = self.scan, self.files[0]
+        assert scan is not None
+        path = f.path
+        if f.packing:
+            path = work / "unpacked-text"
+            with unpacked(f) as (stream, _), open(path, "wb") as out:
+                while block := read_block(stream, f.path):
+                    out.write(block)
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            middle = scan.byte_offset(data, first_chars)
+            for document, (begin, stop) in enumerate(((0, middle), (middle, len(data)))):
+                at = begin
+                while at < stop:
+                    end = cut_near(data, at + PART_BYTES, stop)
+                    last = "last" if end == stop else "middle"
+                    stored = (f.size * end // len(data)) - (f.size * at // len(data))
+                    yield document, Part(str(path), str(f.path), "text", at, end, stored, fragment=last)
+                    at = end
+
+
+def open_source(spec: str, *, text_field: str = "text") -> Source:
+    """The source called `spec`: a named set, a file, a folder (everything under it), or a glob.
+
+    Raises:
+        DataError: nothing is called so, or there is no file in it.
+    """
+    path = Path(spec).expanduser()
+    if spec == "shakespeare" and not path.exists():
+        path = _shakespeare()
+        return Source(spec, spec, (SourceFile.of(path, spec),))
+    skipped: Counter[str] = Counter()
+    if spec == "python-stdlib" and not path.exists():
+        library = Path(sysconfig.get_path("stdlib"))
+        found = [p for p in _under(library, NOT_LIBRARY, Counter()) if p.suffix == ".py"]
+        files = [SourceFile.of(p, p.relative_to(library).as_posix()) for p in found]
+        name = f"{spec}-{sys.version_info.major}.{sys.version_info.minor}"
+    elif path.is_dir():
+        files = [
+            SourceFile.of(p, p.relative_to(path).as_posix()) for p in _under(path, {"__pycache__"}, skipped)
+        ]
+        name = path.resolve().name
+    elif path.exists():
+        files, name = [SourceFile.of(path, path.name)], path.name
+    elif glob.has_magic(str(path)):
+        matches = (Path(p) for p in glob.glob(str(path), recursive=True))
+        files = [SourceFile.of(p, p.as_posix()) for p in matches if p.is_file()]
+        name = "-".join(part for part in path.parts[-2:] if part != path.anchor)
+    else:
+        raise DataError(
+            f"there is no file, folder or named set {spec!r}.{did_you_mean(spec, NAMED_SETS)}",
+            expected=f"a text, JSONL or parquet file, a folder, a glob, or one of {', '.join(NAMED_SETS)}",
+        )
+    if not files:
+        raise DataError(f"{spec}: no text file found.", got=_counts(skipped))
+    return Source(spec, _short(name), tuple(sorted(files, key=lambda f: f.label)), text_field, dict(skipped))
+
+
+@contextlib.contextmanager
+def unpacked(f: SourceFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The file's bytes as a stream, and a function that tells how much of the file was read."""
+    with open(f.path, "rb") as stored:
+        if f.packing == ".gz":
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored))
+        elif f.packing == ".xz":
+            stream = cast(BinaryIO, lzma.LZMAFile(stored))
+        elif f.packing == ".zst":
+            stream = _zstandard(stored)
+        else:
+            stream = stored
+        with stream:
+            yield stream, stored.tell
+
+
+def read_block(stream: BinaryIO, path: Path) -> bytes:
+    """The next block of an unpacked stream; b"" at its end. Damaged packing is a DataError."""
+    try:
+        return stream.read(PIECE_BYTES)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        raise DataError(f"{path} is damaged or not what its name says: {e}") from None
+
+
+def _zstandard(stored: BinaryIO) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_package("zstandard", "data", "reading .zst files") from None
+    reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
+    return cast(BinaryIO, io.BufferedReader(reader))
+
+
+def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[Path]:
+    """Every file under `folder` that is not hidden; folders called as in `without` are left out."""
+    for here, folders, files in os.walk(folder):
+        skipped["hidden"] += sum(n.startswith(".") for n in folders + files)
+        folders[:] = [n for n in folders if not n.startswith(".") and n not in without]
+        yield from (p for n in files if not n.startswith(".") and (p := Path(here, n)).is_file())
+
+
+def _shakespeare() -> Path:
+    """Tiny Shakespeare, downloaded once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "regpt"
+    path = cache / "tinyshakespeare.txt"
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+        return path
+    url = os.environ.get("REGPT_SHAKESPEARE_URL", SHAKESPEARE_URL)
+    hint = "download it elsewhere and give the file: --data.source input.txt (regpt prepare input.txt)"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            data: bytes = response.read()
+    except OSError as e:
+        raise DataError(f"shakespeare cannot be downloaded from {url}: {e}", hint=hint) from None
+    got = hashlib.sha256(data).hexdigest()
+    if got != SHAKESPEARE_SHA256:
+        raise DataError(
+            f"{url} is not Tiny Shakespeare.",
+            got=f"sha256 {got}",
+            expected=f"sha256 {SHAKESPEARE_SHA256}",
+            hint=hint,
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return path
+
+
+def _short(name: str) -> str:
+    """A name for folders: suffixes off, nothing that a file system or a shell minds."""
+    name = re.sub(r"(\.(txt|jsonl|ndjson|parquet|gz|xz|zst))+$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "text"
+
+
+def _counts(skipped: Mapping[str, int]) -> str | None:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n) or None

@@ -1,0 +1,77 @@
+"""Keys and values of the positions a model has seen, in buffers allocated once and written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regpt.config import ModelConfig
+from regpt.errors import DeviceError
+
+
+def cache_bytes(config: ModelConfig, rows: int, positions: int, dtype: torch.dtype) -> int:
+    """What a `KVCache` of this shape takes: 2 x layers x rows x positions x channels numbers."""
+    return 2 * config.n_layer * rows * positions * config.n_embd * dtype.itemsize
+
+
+class KVCache:
+    """The `KVLayers` of a batch whose rows are equally long.
+
+    Args:
+        config: the model's shape.
+        rows: sequences decoded side by side.
+        positions: the most that a row will hold; nothing is allocated later.
+        device, dtype: where and how keys and values are kept, normally the model's own.
+
+    Raises:
+        DeviceError: the memory is not there.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, positions: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.rows, self.positions, self._length = rows, positions, 0
+        heads, size = config.n_head, config.n_embd // config.n_head
+        try:
+            # (2, n_layer, rows, H, positions, D): keys, then values
+            self.kv = torch.empty(2, config.n_layer, rows, heads, positions, size, device=device, dtype=dtype)
+        except RuntimeError as e:  # out of memory on CUDA is a RuntimeError too
+            gb = cache_bytes(config, rows, positions, dtype) / 1e9
+            raise DeviceError(
+                f"a cache of {rows} x {positions} positions takes {gb:,.1f} GB: more than {device} has.",
+                hint="fewer completions at a time: a smaller -n",
+            ) from e
+
+    @property
+    def length(self) -> int:
+        """Positions already stored in every row."""
+        return self._length
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) at `length` and return all, (B, H, S, D), as views of the buffers.
+
+        B is `rows`, or 1: a single row, such as a prompt that all rows share, is stored in every row.
+        """
+        end, B = self._length + k.shape[2], k.shape[0]
+        assert end <= self.positions and B in (1, self.rows)
+        kv = self.kv[:, layer]
+        kv[0, :, :, self._length : end], kv[1, :, :, self._length : end] = k, v
+        # The cast does nothing unless autocast made k of another type than the buffers.
+        return kv[0, :B, :, :end].to(k.dtype), kv[1, :B, :, :end].to(v.dtype)
+
+    def advance(self, positions: int) -> None:
+        """Count `positions` as stored, once every layer has been updated."""
+        self._length += positions
+
+    def clear(self) -> None:
+        """Forget everything; the buffers stay."""
+        self._length = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order; the others are finished."""
+        for layer in range(self.kv.shape[1]):  # one layer at a time, so that the copy in between is small
+            filled = self.kv[:, layer, :, :, : self._length]
+            filled[:, : len(rows)] = filled[:, list(rows)]
+        self.kv, self.rows = self.kv[:, :, : len(rows)], len(rows)

@@ -1,0 +1,78 @@
+"""GPT-2's own tokenizer, token for token: OpenAI's two files, from a folder, a cache or the network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from regpt.tokenizers.byte_pairs import BytePairTokenizer, token_bytes
+from regpt.tokenizers.files import cache_folder, download, read_file, require_sha256, write_file
+
+# As OpenAI published them and tiktoken pins them (tiktoken_ext/openai_public.py).
+SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+FOLDER_VARIABLE = "REGPT_GPT2_FILES"
+URL_VARIABLE = "REGPT_GPT2_URL"
+"""Environment: a mirror to download from instead of URL."""
+BY_HAND = (
+    f"where there is a network, get {' and '.join(f'{URL}/{name}' for name in SHA256)}; "
+    f"then name their folder by --tokenizer.files FOLDER or {FOLDER_VARIABLE}=FOLDER"
+)
+
+
+class GPT2Tokenizer(BytePairTokenizer):
+    """50,257 ids: 256 bytes, 50,000 merges, `<|endoftext|>`.
+
+    Args:
+        contents: the published files by name. encoder.json adds nothing to vocab.bpe; it travels along for others.
+    """
+
+    kind = "gpt2"
+
+    def __init__(self, contents: Mapping[str, bytes]) -> None:
+        self._contents = contents
+        _version, *merges = contents["vocab.bpe"].decode().splitlines()
+        super().__init__(token_bytes(merge.replace(" ", "")) for merge in merges)
+
+    def _files(self) -> Mapping[str, bytes]:
+        return self._contents
+
+
+def open_gpt2(files: str | None = None) -> GPT2Tokenizer:
+    """GPT-2's tokenizer. A folder that is named must have the two files; without one they are looked for.
+
+    In order: the folder `files` (setting tokenizer.files); the folder REGPT_GPT2_FILES; regpt's cache; tiktoken's
+    cache, if TIKTOKEN_CACHE_DIR is set; the network. Raises DataError naming the file, or the URL and a way round.
+    """
+    folder = files or os.environ.get(FOLDER_VARIABLE)
+    return (
+        load(Path(folder).expanduser()) if folder else GPT2Tokenizer({name: _found(name) for name in SHA256})
+    )
+
+
+def load(folder: Path) -> GPT2Tokenizer:
+    """The tokenizer whose files lie in `folder`. Raises DataError: one is missing or not the published one."""
+    read = {name: read_file(folder / name) for name in SHA256}
+    return GPT2Tokenizer(
+        {name: require_sha256(read[name], SHA256[name], folder / name, BY_HAND) for name in read}
+    )
+
+
+def _found(name: str) -> bytes:
+    kept = cache_folder() / "gpt2" / name
+    places = [kept]
+    if theirs := os.environ.get("TIKTOKEN_CACHE_DIR"):  # where a file is named by the sha1 of its URL
+        places.append(
+            Path(theirs) / hashlib.sha1(f"{URL}/{name}".encode(), usedforsecurity=False).hexdigest()
+        )
+    for place in places:
+        if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == SHA256[name]:
+            return content
+    content = download(f"{os.environ.get(URL_VARIABLE) or URL}/{name}", SHA256[name], BY_HAND)
+    write_file(kept, content)
+    return content

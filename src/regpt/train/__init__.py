@@ -1,0 +1,1 @@
+"""Training: the plan, the loop, and everything that keeps its work safe."""

@@ -1,0 +1,66 @@
+"""Files that survive a crash: written whole, hashed on the way, synced, and only then given their name."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+CHUNK_BYTES = 4 << 20  # hashed and written while it is in the processor's cache
+
+
+def write_synced(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """A new file at `path` with these bytes, on the disk when this returns.
+
+    Returns:
+        Its size in bytes and its xxh3_128 in hex, of the bytes as they were in memory.
+    """
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "xb", buffering=0) as file:
+        for piece in pieces:
+            for start in range(0, len(piece), CHUNK_BYTES):
+                chunk = memoryview(piece)[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:  # a write may take less than it was given
+                    chunk = chunk[os.write(file.fileno(), chunk) :]
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: what was renamed into it stays there after a power loss."""
+    if os.name == "nt":  # Windows cannot open a folder to sync it
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems that have no such thing
+            raise
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents, durably; nothing where it exists."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one instant: a reader, or a crash, finds the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed here
+    try:
+        write_synced(temporary, [data])
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

@@ -1,0 +1,187 @@
+"""From settings to a finished run: text and tokenizer, plan, run directory, training; resumed where it was left.
+
+`regpt train` and `regpt.train` are both this. Everything that can be refused is refused before anything slow is begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regpt.config import Config, build, differences, to_dict
+from regpt.data.corpus import corpus
+from regpt.data.shards import Shards
+from regpt.errors import CheckpointError
+from regpt.models.gpt2 import GPT2
+from regpt.tokenizers import Tokenizer
+from regpt.train import checkpoint
+from regpt.train.allocator import keep_memory
+from regpt.train.loop import Trainer
+from regpt.train.machine import Machine, choose_dtype, measure_flops, probe
+from regpt.train.plan import Plan, as_dict, make_plan
+from regpt.train.run import RunDirectory
+from regpt.train.signals import StopRequest, stop_on_signal
+from regpt.train.track import make_trackers
+
+# Settings that decide what is learned or in which order rows are seen: with other values it is another run.
+FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
+
+Listener = Callable[[str, int, dict[str, Any]], None]
+"""Hears (event, step, values): info, note, progress, plan, resume, step, eval, sample, save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `regpt train --json` prints."""
+
+    step: int
+    tokens: int
+    val_loss: float | None
+    val_bits_per_byte: float | None
+    tokens_per_second: float | None
+    seconds: float
+    run: str
+
+
+def train(
+    config: Config, out: Path | str, *, fresh: bool = False, listen: Listener = lambda *_: None
+) -> TrainResult:
+    """Train `config` in the run directory `out`; continue there if a run of the same settings was begun.
+
+    Args:
+        fresh: begin anew; what stood in `out` is moved aside.
+        listen: hears every event as it happens.
+
+    Raises:
+        RegptError: whatever is wrong, as one message; Interrupted after a signal, TrainingDiverged on a non-finite loss.
+    """
+    keep_memory()
+    machine = probe(config.train.device, config.train.threads)
+    torch.set_num_threads(machine.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA; no effect elsewhere
+    make_plan(config, machine, vocab_size=1)  # contradictions between settings show before any text is read
+    run = RunDirectory(Path(out))
+    if not fresh:
+        _check_same_run(run, config, listen)
+    tokenizer, shards = corpus(config, listen, kept_tokenizer=None if fresh else run.tokenizer)
+    with stop_on_signal() as stop, RunDirectory.open(run.path, fresh=fresh) as run:
+        plan = make_plan(
+            config,
+            machine,
+            vocab_size=tokenizer.vocab_size,
+            train_tokens=shards.split("train").n_tokens,
+            flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
+        )
+        listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
+        trainer = _trainer(config, plan, machine, tokenizer, shards, run, listen, stop)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+        return _result(trainer, run)
+
+
+def _trainer(
+    config: Config,
+    plan: Plan,
+    machine: Machine,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    run: RunDirectory,
+    listen: Listener,
+    stop: StopRequest,
+) -> Trainer:
+    """A trainer at step 0, or where the newest valid checkpoint stands; the run directory says what it is."""
+    facts = {
+        "model_config": to_dict(config.model),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data_fingerprint": shards.manifest.fingerprint,
+    }
+    resumed = run.begun
+
+    def note(text: str) -> None:
+        listen("note", 0, {"text": text})
+
+    found = checkpoint.newest_valid(run.checkpoints, say=note)
+    _check_facts(facts, found, run)
+    run.begin(config=to_dict(config), plan=as_dict(plan), facts=facts, machine=dataclasses.asdict(machine))
+    tokenizer.save(run.tokenizer)
+    resumed_step = found.step if found is not None else None
+    trackers = make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=resumed_step)
+
+    torch.manual_seed(config.seed)
+    trainer = Trainer(
+        config,
+        plan,
+        machine,
+        GPT2(config.model, tokenizer.vocab_size),
+        tokenizer,
+        shards,
+        run=run,
+        facts=facts,
+        trackers=trackers,
+        listen=listen,
+        stop=stop,
+    )
+    if found is not None:
+        trainer.restore(found)
+    if resumed:
+        run.rewind(trainer.state.step)
+        listen("resume", trainer.state.step, {"run": str(run.path)})
+    return trainer
+
+
+def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> None:
+    """Refuse settings that would make it another run; say aloud which others changed."""
+    if not run.begun:
+        return
+    before = build(Config, run.config, where=str(run.path / "run.json"))
+    changed = differences(before, config)
+    fixed = {k: v for k, v in changed.items() if k.startswith(FIXED)}
+    if fixed:
+        lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in fixed.items())
+        raise CheckpointError(
+            f"{run.path} holds a run with other settings: {lines}.",
+            hint="another --out, or --fresh to begin anew (the old run is moved aside)",
+        )
+    for name, (old, new) in changed.items():
+        listen("info", 0, {"text": f"{name} was {old!r} in this run, from now on it is {new!r}"})
+
+
+def _check_facts(facts: dict[str, Any], found: checkpoint.Checkpoint | None, run: RunDirectory) -> None:
+    """Refuse text or a tokenizer that changed under a run, and a run whose checkpoints were deleted."""
+    if found is None:
+        if run.begun and (saved := run.last_saved_step()) is not None:
+            raise CheckpointError(
+                f"{run.path} says that it saved step {saved}, but it has no checkpoint: a part of it was deleted.",
+                hint="put its checkpoints folder back, or begin anew with --fresh",
+            )
+        return
+    for name, noun in (("tokenizer_fingerprint", "tokenizer"), ("data_fingerprint", "text")):
+        if found.state[name] != facts[name]:
+            raise CheckpointError(
+                f"the {noun} changed since {found.path} was written.",
+                got=facts[name],
+                expected=found.state[name],
+                hint=f"give the {noun} it was begun with, another --out, or --fresh",
+            )
+
+
+def _result(trainer: Trainer, run: RunDirectory) -> TrainResult:
+    s = trainer.state
+    tokens = s.step * trainer.config.train.batch_tokens
+    return TrainResult(
+        step=s.step,
+        tokens=tokens,
+        val_loss=s.val_loss,
+        val_bits_per_byte=s.val_bits_per_byte,
+        tokens_per_second=tokens / s.seconds if s.seconds else None,
+        seconds=s.seconds,
+        run=str(run.path),
+    )

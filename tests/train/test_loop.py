@@ -1,0 +1,341 @@
+"""The training loop: equal to a loop written by hand, exact when resumed, safe when numbers or signals go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from regpt.data.loader import Loader
+from regpt.optim.schedule import learning_rate
+
+from regpt.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    SaveConfig,
+    TokenizerConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from regpt.data.corpus import corpus
+from regpt.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
+from regpt.models.gpt2 import GPT2
+from regpt.train import loop, session
+from regpt.train.load import load_model
+from regpt.train.loop import Trainer
+
+TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A model that trains in a second, in an empty folder, on a text of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return Config(
+        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
+        tokenizer=TokenizerConfig(name="bytes"),
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
+        train=TrainConfig(steps=12, batch_tokens=256, device="cpu", dtype="float32"),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        eval=EvalConfig(every=4),
+        save=SaveConfig(keep=2),
+        sample=SampleConfig(tokens=4),
+        track=TrackConfig(log_every=1),
+    )
+
+
+def weights(out: str | Path) -> str:
+    """One hash over all weights of a run's last checkpoint."""
+    model = load_model(Path(out), which="last").model
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode() + p.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def log(out: str | Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(out: str | Path) -> list[str]:
+    return [line["loss_hex"] for line in log(out, "step")]
+
+
+def test_it_equals_a_loop_written_by_hand(config: Config) -> None:
+    """The same batches through a plain PyTorch loop give bitwise the same weights and losses."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    result = session.train(config, "run")
+    tokenizer, shards = corpus(config)
+    torch.manual_seed(config.seed)
+    model = GPT2(config.model, tokenizer.vocab_size)
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    loader = Loader(
+        shards.split("train"), block_size=32, batch_rows=8, seed=config.seed, order=config.data.order
+    )
+    seen = []
+    for step in range(config.train.steps):
+        x, y = loader.batch(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optim, config.train.steps)
+        logits = model(x)
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert [float.fromhex(x) for x in losses("run")] == seen
+    trained = load_model(Path("run"), which="last").model
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
+    with torch.no_grad():
+        ids = torch.from_numpy(shards.split("val").read(0, shards.split("val").n_tokens))
+        model.eval()
+        nats = [F.cross_entropy(model(w[None, :-1])[0], w[1:], reduction="sum") for w in _windows(ids, 32)]
+    assert result.val_loss == pytest.approx(sum(map(float, nats)) / (len(ids) - 1), abs=1e-6)
+    n_bytes = shards.split("val").source_bytes
+    assert result.val_bits_per_byte == pytest.approx(sum(map(float, nats)) / math.log(2) / n_bytes, rel=1e-6)
+
+
+def _windows(ids: torch.Tensor, T: int) -> list[torch.Tensor]:
+    return [ids[i : i + T + 1] for i in range(0, len(ids) - 1, T)]
+
+
+def test_it_learns(config: Config) -> None:
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60))
+    result = session.train(longer, "run")
+    assert log("run", "step")[0]["loss"] == pytest.approx(math.log(257), abs=0.1)
+    assert result.val_loss is not None and result.val_loss < math.log(257) / 2
+
+
+def test_accumulation_changes_nothing_but_rounding(config: Config) -> None:
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    session.train(config, "whole")
+    parts = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_rows=2))
+    session.train(parts, "parts")
+    a = [float.fromhex(x) for x in losses("whole")]
+    b = [float.fromhex(x) for x in losses("parts")]
+    assert a == pytest.approx(b, abs=2e-5)
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 8, 11])
+def test_a_stopped_run_ends_as_an_unstopped_one(
+    config: Config, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise the same weights and losses, dropout on, wherever the signal came."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_rows=4))
+    session.train(config, "whole")
+    polls = 0
+    original = Trainer.poll
+
+    def poll(self: Trainer) -> None:
+        nonlocal polls
+        if self.state.step == after and (polls := polls + 1) == 2:  # in the middle of a step or an evaluation
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(Trainer, "poll", poll)
+        with pytest.raises(Interrupted) as stopped:
+            session.train(config, "parts")
+    assert stopped.value.exit_status == 143
+    assert str(stopped.value) == (
+        f"stopped by SIGTERM after step {after}; everything is saved.\n  try: the same command continues"
+    )
+    heard: list[str] = []
+    session.train(config, "parts", listen=lambda event, step, values: heard.append(f"{event} {step}"))
+    assert f"resume {after}" in heard
+    assert weights("parts") == weights("whole")
+    assert losses("parts") == losses("whole")
+    assert [e["val_loss_hex"] for e in log("parts", "eval")] == [
+        e["val_loss_hex"] for e in log("whole", "eval")
+    ]
+
+
+def test_a_finished_run_is_left_as_it_is(config: Config) -> None:
+    first = session.train(config, "run")
+    before = weights("run")
+    again = session.train(config, "run")
+    assert (again.step, again.val_loss, weights("run")) == (first.step, first.val_loss, before)
+    assert len(log("run", "eval")) == 3
+
+
+def test_more_steps_go_on_from_the_end(config: Config) -> None:
+    session.train(config, "run")
+    more = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=16))
+    heard: list[str] = []
+    result = session.train(more, "run", listen=lambda e, s, v: heard.append(v.get("text", "")))
+    assert result.step == 16
+    assert "train.steps was 12 in this run, from now on it is 16" in heard
+
+
+def test_fresh_moves_the_old_run_aside(config: Config) -> None:
+    session.train(config, "run")
+    before = weights("run")
+    other = dataclasses.replace(config, seed=7)
+    with pytest.raises(CheckpointError, match="holds a run with other settings: seed was 1337, now 7"):
+        session.train(other, "run")
+    session.train(other, "run", fresh=True)
+    assert weights("run") != before
+    assert weights("run.previous-1") == before
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_never_reaches_the_weights(
+    config: Config, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training stops before the update, with exit status 3, and the last checkpoint is of finite weights."""
+    original = GPT2.forward
+
+    def forward(self: GPT2, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = original(self, *args, **kwargs)
+        if self.training and loop_step[0] == 6:
+            if where == "loss":
+                return out * math.nan
+            self.ln_f.weight.register_hook(lambda g: g * math.inf)
+        return out
+
+    loop_step = [0]
+    step = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        loop_step[0] = self.state.step
+        step(self)
+
+    monkeypatch.setattr(GPT2, "forward", forward)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(TrainingDiverged) as e:
+        session.train(config, "run")
+    assert e.value.exit_status == 3
+    assert "at step 6 is" in e.value.what and "the last checkpoint is of step 4" in (e.value.hint or "")
+    assert all(p.isfinite().all() for p in load_model(Path("run"), which="last").model.state_dict().values())
+
+
+def test_a_surprising_first_loss_is_said_aloud(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GPT2.init_weights
+
+    def large(self: GPT2) -> None:
+        original(self)
+        with torch.no_grad():
+            self.wte.weight.mul_(30)
+
+    monkeypatch.setattr(GPT2, "init_weights", large)
+    notes: list[str] = []
+    session.train(config, "run", listen=lambda e, s, v: notes.append(v["text"]) if e == "note" else None)
+    assert len(notes) == 1 and "ln(257) = 5.549" in notes[0]
+
+
+def test_compile_auto_falls_back_aloud(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: torch.nn.Module, **kwargs: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(loop.Trainer, "__init__", _with_compile(loop.Trainer.__init__))
+    notes: list[str] = []
+    result = session.train(
+        config, "run", listen=lambda e, s, v: notes.append(v["text"]) if e == "note" else None
+    )
+    assert result.step == 12
+    assert notes == ["torch.compile failed, going on without it: no compiler here"]
+
+
+def _with_compile(original: Any) -> Any:
+    def init(self: Trainer, config: Config, plan: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, config, dataclasses.replace(plan, compile=True), *args, **kwargs)
+
+    return init
+
+
+def test_best_and_newest_checkpoints_stay(config: Config) -> None:
+    session.train(dataclasses.replace(config, save=SaveConfig(every=2, keep=2)), "run")
+    kept = sorted(p.name for p in Path("run/checkpoints").glob("step-*"))
+    best = min(log("run", "eval"), key=lambda e: e["val_loss"])["step"]
+    assert kept == sorted({f"step-{n:06d}" for n in (10, 12, best)})
+    assert load_model(Path("run"), which="best").step == best
+
+
+def test_a_half_deleted_run_is_refused(config: Config) -> None:
+    import shutil
+
+    session.train(config, "run")
+    shutil.rmtree("run/checkpoints")
+    with pytest.raises(
+        CheckpointError, match="saved step 12, but it has no checkpoint: a part of it was deleted"
+    ):
+        session.train(config, "run")
+
+
+def test_changed_text_is_refused(config: Config) -> None:
+    session.train(config, "run")
+    Path("text.txt").write_text(TEXT.replace("ducks", "geese"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the text changed since"):
+        session.train(config, "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"batch_tokens": 500},
+            "train.batch_tokens=500 is not a multiple of 32 tokens.\n  try: --train.batch-tokens 480 or 512",
+        ),
+        (
+            {"batch_tokens": 256, "micro_rows": 3},
+            "train.batch_tokens=256 is not a multiple of 3 rows x 32 tokens = 96.\n"
+            "  try: --train.batch-tokens 192 or 288",
+        ),
+        (
+            {"steps": 0},
+            "train.steps must be at least 1.\n  got: 0\n  try: none turns an optional setting off",
+        ),
+        ({"device": "cuda:99"}, "train.device=cuda:99: this machine has"),
+        ({"device": "gpu"}, "train.device is not a device."),
+        ({"dtype": "float16"}, "train.dtype=float16 needs a GPU."),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    config: Config, change: dict[str, Any], message: str
+) -> None:
+    from regpt.errors import RegptError
+
+    before = sorted(p.name for p in Path().iterdir())
+    with pytest.raises(RegptError) as e:
+        session.train(dataclasses.replace(config, train=dataclasses.replace(config.train, **change)), "run")
+    assert str(e.value).startswith(message)
+    assert sorted(p.name for p in Path().iterdir()) == before
+
+
+def test_a_context_longer_than_the_text_is_refused(config: Config) -> None:
+    model = dataclasses.replace(config.model, block_size=2**16)
+    train = dataclasses.replace(config.train, batch_tokens=2**16)
+    with pytest.raises(ConfigError, match="block_size"):
+        session.train(dataclasses.replace(config, model=model, train=train), "run")
+
+
+def test_bfloat16_on_cpu_follows_float32(config: Config) -> None:
+    session.train(config, "full")
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
+    session.train(half, "half")
+    a, b = ([float.fromhex(x) for x in losses(r)] for r in ("full", "half"))
+    assert a == pytest.approx(b, abs=0.05) and a != b
