@@ -151,8 +151,8 @@ class SampleConfig:
 
     every: int | None = None
     """Steps between samples. None: at every evaluation."""
-    prompt: str = "\n"
-    """What each sample continues."""
+    prompt: str = ""
+    """What each sample continues. Empty: a new document begins."""
     tokens: int = 64
     """New tokens in each sample; 0 turns sampling off."""
     temperature: float = 0.8

@@ -12,7 +12,7 @@ from regpt.models.gpt2 import GPT2
 
 
 class ByteIds:
-    """As much of a tokenizer as the engine asks for: ids are bytes, modulo 256; the last id ends a document."""
+    """As much of a tokenizer as the engine asks for: ids are bytes, modulo 256; the last ends a document."""
 
     def __init__(self, vocab_size: int = 257) -> None:
         self.vocab_size, self.eot_id = vocab_size, vocab_size - 1

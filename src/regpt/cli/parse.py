@@ -35,6 +35,15 @@ class CommonArgs:
 
 
 T = TypeVar("T")
+# What stands over tyro's boxes, in the frame or, without unicode, in the first line.
+TITLES = {
+    "Value error",
+    "Invalid choice",
+    "Missing argument",
+    "Parsing error",
+    "Unrecognized options",
+    "Required options",
+}
 
 
 def options(make: type, prefix: str = "") -> dict[str, Any]:
@@ -107,10 +116,10 @@ def _error(complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str
             )
     lines: list[str] = []
     for line in complaint.splitlines():
-        text = line.strip("│╭╮╰╯─ ")
-        if not text and lines:
-            break  # the rule under the complaint itself; below it stands the option's help
-        if text and not line.startswith("╭"):
+        text = line.strip("│|╭╮╰╯+─- ") if set(line) <= set("+-|─│╭╮╰╯ ") else line.strip("│| ")
+        if text.startswith(("Argument helptext", "For full helptext")):
+            break
+        if text.strip("─-╭╮╰╯+ ") and not line.startswith(("╭", "+")) and text.strip() not in TITLES:
             lines.append(text)
     said = " ".join(lines)
     named = re.search(r"(--[a-z][a-z0-9.-]*)", said)

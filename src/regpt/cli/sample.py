@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import secrets
 import sys
 import time
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
     """`regpt sample`."""
     args = parse(Args, argv, prog="regpt sample", description=__doc__ or "")
     out = Output(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character must not stop us
+        sys.stdout.reconfigure(errors="replace")
     prompt = read_prompt(args)
     settings: SamplingSettings = args.sampling
     if settings.seed is None:  # chosen here, so that it can be told

@@ -1,10 +1,10 @@
-"""A part of a file as documents, and a document as pieces of text: a document of any length passes in constant memory.
+"""A part of a file as documents, a document as pieces of text: one of any length passes in constant memory.
 
-Pieces are cut where no token can reach across, so that the ids of the pieces, one after another, are the ids of the
-whole. Why the cuts of `CUT` are safe: a byte-level BPE merges only within the stretches that its split pattern finds.
-No stretch of GPT-2's pattern, nor of cl100k's and o200k's, holds a letter or digit followed by white space or by
-punctuation other than an apostrophe, a letter followed by a digit, or anything but white space followed by a space; and
-none of these patterns looks behind, nor looks ahead past a character that is not white space.
+Pieces are cut where no token can reach across, so that the ids of the pieces, one after another, are those of the
+whole. Why `CUT` is safe: byte-level BPE merges only inside the stretches that a split pattern finds. No stretch of
+GPT-2's pattern, nor of cl100k's and o200k's, holds a letter or digit followed by white space or by punctuation other
+than an apostrophe, a letter followed by a digit, or anything but white space followed by a space; and none of these
+patterns looks behind, nor looks ahead past a character that is not white space.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from regpt.errors import DataError, missing_package
 from regpt.tokenizers import END_OF_TEXT
 
 Form = Literal["text", "jsonl", "parquet"]
+Fragment = Literal["middle", "last"]
 Document = Callable[[], Iterable[str]]
 """Gives the document's text in pieces, anew at each call. Raises UnicodeError where it is not valid UTF-8."""
 
@@ -43,7 +45,7 @@ _BYTES_CUT = re.compile(rb"[0-9A-Za-z.,;:!?)\"'](?= )|[0-9A-Za-z](?=\n)")
 
 @dataclass(frozen=True)
 class Part:
-    """A unit of work: a range of one file, whose documents one process reads. Plain values, so it travels as JSON."""
+    """A unit of work: a range of one file, read by one process. Plain values: it travels as JSON."""
 
     path: str
     label: str
@@ -55,7 +57,7 @@ class Part:
     stored_bytes: int
     """How much of the source's files this part stands for."""
     text_field: str = "text"
-    fragment: Literal["middle", "last"] | None = None
+    fragment: Fragment | None = None
     """Not whole documents, but a stretch of one, or its end."""
     offset: int = 0
     """Unpacked bytes of the file before `path` begins, and lines."""
@@ -82,7 +84,7 @@ def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
             yield from (_json_lines if part.form == "jsonl" else _texts)(data, part, skipped)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
@@ -90,7 +92,7 @@ def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Docum
         skipped["binary"] += part.start + part.offset == 0
         return
     if part.fragment:
-        yield lambda: _decoded(data, part.start, part.end)
+        yield partial(_decoded, data, part.start, part.end)
         return
     for begin, stop in _records(data, part):
         # A line end next to a separator belongs to the separator: it stands on a line of its own.
@@ -100,7 +102,7 @@ def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Docum
         if not last and begin < stop and data[stop - 1] == 10:
             stop -= 2 if stop - begin > 1 and data[stop - 2] == 13 else 1
         if begin < stop:
-            yield lambda begin=begin, stop=stop: _decoded(data, begin, stop)  # type: ignore[misc]
+            yield partial(_decoded, data, begin, stop)
         elif not last:
             skipped["empty"] += 1
 
@@ -169,7 +171,8 @@ class TextScan:
     chars: int
     separated: bool
     """It holds `<|endoftext|>`."""
-    binary: bool
+    is_text: bool
+    """Neither binary nor blank."""
     invalid_at: int | None
     """The first byte that is not UTF-8."""
     block_chars: tuple[int, ...]
@@ -179,9 +182,10 @@ class TextScan:
     def of(cls, blocks: Iterable[bytes]) -> TextScan:
         """Of a file in blocks of PIECE_BYTES, the last one shorter."""
         decoder, counts = codecs.getincrementaldecoder("utf-8")(), []
-        edge, read, separated, binary, invalid_at = b"", 0, False, False, None
+        edge, read, separated, binary, blank, invalid_at = b"", 0, False, False, True, None
         for block in blocks:
             binary = binary or (not read and b"\0" in block[:HEAD_BYTES])
+            blank = blank and block.isspace()
             separated = separated or DELIMITERS["text"] in edge + block
             edge = block[-len(DELIMITERS["text"]) :]
             if invalid_at is None:
@@ -194,7 +198,7 @@ class TextScan:
             read += len(block)
         if invalid_at is None and decoder.getstate()[0]:
             invalid_at = read - len(decoder.getstate()[0])
-        return cls(sum(counts), separated, binary, invalid_at, tuple(counts))
+        return cls(sum(counts), separated, not binary and not blank, invalid_at, tuple(counts))
 
     def byte_offset(self, data: mmap.mmap, char: int) -> int:
         """Where character number `char` begins; the end of the text for one past the last."""
@@ -208,10 +212,10 @@ class TextScan:
 
 def _continues(block: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which bytes continue a UTF-8 character."""
-    return (np.frombuffer(block, np.uint8) & 0xC0) == 0x80
+    return np.equal(np.frombuffer(block, np.uint8) & 0xC0, 0x80)
 
 
-# --- JSON lines ------------------------------------------------------------------------------------------------------
+# --- JSON lines ---------------------------------------------------------------------------------------------
 
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
@@ -224,10 +228,10 @@ _UNITS = re.compile(
 
 
 def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
-    # Lines end at b"\n" alone: U+0085 and U+2028, at which str.splitlines cuts, may stand inside a JSON string.
+    # Lines end at b"\n" alone: U+0085 and U+2028, where str.splitlines cuts, may stand inside a JSON string.
     for begin, stop in _records(data, part):
         if stop - begin > LONG_LINE_BYTES and (span := _text_span(data, begin, stop, part.text_field)):
-            yield lambda span=span: cut_safely(_unescaped(data, *span))  # type: ignore[misc]
+            yield partial(_unescaped, data, *span, _where(data, part, begin))
             continue
         line = data[begin:stop].strip(b" \t\r")
         if not line:
@@ -239,13 +243,11 @@ def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[
             continue
         except (ValueError, RecursionError) as e:
             raise DataError(f"{_where(data, part, begin)} is not valid JSON: {e}") from None
-        text = _field(value, part.text_field, lambda: _where(data, part, begin))
+        text = _field(value, part.text_field, partial(_where, data, part, begin))
         if text is None:
             skipped["empty"] += 1
-        elif len(line) <= PIECE_BYTES:
-            yield lambda text=text: (text,)  # type: ignore[misc]
         else:
-            yield lambda text=text: cut_safely(_blocks_of(text))  # type: ignore[misc]
+            yield partial(_blocks, text)
 
 
 def _where(data: mmap.mmap, part: Part, begin: int) -> str:
@@ -275,12 +277,14 @@ def _missing_field(where: str, name: str, present: Iterable[str]) -> DataError:
     )
 
 
-def _blocks_of(text: str) -> Iterator[str]:
-    return (text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
+def _blocks(text: str) -> Iterator[str]:
+    if len(text) <= PIECE_BYTES:
+        return iter((text,))
+    return cut_safely(text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
 
 
 def _text_span(data: mmap.mmap, begin: int, stop: int, name: str) -> tuple[int, int] | None:
-    """[begin, stop) of the string called `name` in the JSON object there, still escaped; None where it is not found."""
+    """Where the string called `name` stands in the JSON object in [begin, stop); None where it is not found."""
     try:
         at = _skip(_BLANK, data, begin, stop)
         closing = b"{"
@@ -323,21 +327,23 @@ def _skip_nested(data: mmap.mmap, at: int, stop: int) -> int:
             return at
 
 
-def _unescaped(data: mmap.mmap, begin: int, stop: int) -> Iterator[str]:
-    """The text of a JSON string between its quotes, block by block."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    while begin < stop:
-        found = _UNITS.match(data, begin, stop)
-        if found is None:
-            raise DataError(f"byte {begin}: a broken escape in a JSON string.")
-        begin = found.end()
-        try:
-            yield json.loads(f'"{decoder.decode(found[0], begin == stop)}"')
-        except json.JSONDecodeError as e:
-            raise DataError(f"byte {begin}: not valid inside a JSON string: {e}") from None
+def _unescaped(data: mmap.mmap, begin: int, stop: int, where: str) -> Iterator[str]:
+    """The text of a JSON string from behind its opening quote up to its closing one."""
+
+    def blocks() -> Iterator[str]:
+        decoder, at = codecs.getincrementaldecoder("utf-8")(), begin
+        while at < stop:
+            found = _UNITS.match(data, at, stop)
+            at = found.end() if found else stop
+            try:
+                yield json.loads(f'"{decoder.decode(found[0], at == stop) if found else chr(0)}"')
+            except json.JSONDecodeError as e:
+                raise DataError(f"{where} is not valid JSON: {e.msg} before byte {at} of the file") from None
+
+    return cut_safely(blocks())
 
 
-# --- parquet ---------------------------------------------------------------------------------------------------------
+# --- parquet ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -378,4 +384,4 @@ def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:
                 if not value.is_valid or not len(buffer := memoryview(value.as_buffer())):
                     skipped["empty"] += 1
                 else:
-                    yield lambda buffer=buffer: _decoded(buffer, 0, len(buffer))  # type: ignore[misc]
+                    yield partial(_decoded, buffer, 0, len(buffer))

@@ -1,7 +1,7 @@
 """Where text comes from: a file, folder, glob or named set, as a list of files and then as parts to work on.
 
-Nothing is read twice without need, and nothing is read whole: a part is a range of a file that one process can turn
-into documents (`regpt.data.documents`) without seeing the rest.
+Nothing is read whole: a part is a range of a file that one process turns into documents (`regpt.data.documents`)
+without seeing the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import hashlib
 import io
 import lzma
 import mmap
@@ -17,18 +16,18 @@ import os
 import re
 import sys
 import sysconfig
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import xxhash
 
-from regpt.data.documents import DELIMITERS, PIECE_BYTES, Form, Part, TextScan, cut_near, row_groups
+from regpt.data.documents import DELIMITERS, PIECE_BYTES, Form, Fragment, Part, TextScan, cut_near, row_groups
 from regpt.errors import DataError, did_you_mean, missing_package
+from regpt.tokenizers.download import cache_folder, fetch
 
 PART_BYTES = (
     4 << 20
@@ -40,7 +39,8 @@ CONTENT_BYTES = (
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NAMED_SETS = ("shakespeare", "python-stdlib")
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Not library code, or large tables that are no prose in any language (encodings, pydoc_data).
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 
 PACKINGS = (".gz", ".xz", ".zst")
 # How much larger text is than its file: a rough figure for the estimate of disk, from English text.
@@ -100,17 +100,17 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex; another one when the files change: by content up to 256 MiB, by size and time of change above."""
+        """Hex; another one when the files change: their content, or above 256 MiB their sizes and times."""
         by_content = self.stored_bytes <= CONTENT_BYTES
-        digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}")
+        digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}".encode())
         for f in self.files:
-            digest.update(f"\0{f.label}\0{f.size}\0")
+            digest.update(f"\0{f.label}\0{f.size}\0".encode("utf-8", "surrogateescape"))
             if by_content:
                 with open(f.path, "rb") as file:
                     while block := file.read(PIECE_BYTES):
                         digest.update(block)
             else:
-                digest.update(str(f.path.stat().st_mtime_ns))
+                digest.update(str(f.path.stat().st_mtime_ns).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -125,13 +125,13 @@ class Source:
     @property
     def single_text(self) -> bool:
         """One text without `<|endoftext|>` between documents: split by position, as nanoGPT does."""
-        return self.scan is not None and not self.scan.separated and not self.scan.binary
+        return self.scan is not None and self.scan.is_text and not self.scan.separated
 
     def parts(self, work: Path) -> Iterator[Part]:
         """The source in order, the same parts every time.
 
         Args:
-            work: a folder for pieces of packed files; whoever reads such a part (`Part.temporary`) deletes it.
+            work: a folder for pieces of packed files; who reads such a part (`Part.temporary`) deletes it.
         """
         for number, f in enumerate(self.files):
             if f.form == "parquet":
@@ -203,7 +203,7 @@ class Source:
                 at = begin
                 while at < stop:
                     end = cut_near(data, at + PART_BYTES, stop)
-                    last = "last" if end == stop else "middle"
+                    last: Fragment = "last" if end == stop else "middle"
                     stored = (f.size * end // len(data)) - (f.size * at // len(data))
                     yield document, Part(str(path), str(f.path), "text", at, end, stored, fragment=last)
                     at = end
@@ -242,7 +242,8 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
             expected=f"a text, JSONL or parquet file, a folder, a glob, or one of {', '.join(NAMED_SETS)}",
         )
     if not files:
-        raise DataError(f"{spec}: no text file found.", got=_counts(skipped))
+        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
+        raise DataError(f"{spec}: no text file found.", got=f"left out: {left_out or 'nothing'}")
     return Source(spec, _short(name), tuple(sorted(files, key=lambda f: f.label)), text_field, dict(skipped))
 
 
@@ -253,9 +254,9 @@ def unpacked(f: SourceFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
         if f.packing == ".gz":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored))
         elif f.packing == ".xz":
-            stream = cast(BinaryIO, lzma.LZMAFile(stored))
+            stream = cast(BinaryIO, lzma.LZMAFile(stored))  # noqa: SIM115 (closed below)
         elif f.packing == ".zst":
-            stream = _zstandard(stored)
+            stream = cast(BinaryIO, io.BufferedReader(_Zstandard(stored), PIECE_BYTES))
         else:
             stream = stored
         with stream:
@@ -272,13 +273,38 @@ def read_block(stream: BinaryIO, path: Path) -> bytes:
         raise DataError(f"{path} is damaged or not what its name says: {e}") from None
 
 
-def _zstandard(stored: BinaryIO) -> BinaryIO:
-    try:
-        import zstandard
-    except ImportError:
-        raise missing_package("zstandard", "data", "reading .zst files") from None
-    reader = zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True)
-    return cast(BinaryIO, io.BufferedReader(reader))
+class _Zstandard(io.RawIOBase):
+    """A .zst file unpacked, frame after frame. The library's own reader takes a file that is cut off for a whole one."""
+
+    def __init__(self, stored: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise missing_package("zstandard", "data", "reading .zst files") from None
+        self.stored, self.library = stored, zstandard
+        self.frame: Any = None
+        self.data = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.data:
+            within = self.frame is not None and not self.frame.eof
+            packed = (b"" if within or self.frame is None else self.frame.unused_data) or self.stored.read(1 << 17)
+            if not packed:
+                if within:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            if not within:
+                self.frame = self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.data = memoryview(self.frame.decompress(packed))
+            except self.library.ZstdError as e:
+                raise EOFError(str(e)) from None
+        n = min(len(buffer), len(self.data))
+        buffer[:n], self.data = self.data[:n], self.data[n:]
+        return n
 
 
 def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[Path]:
@@ -291,29 +317,13 @@ def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[P
 
 def _shakespeare() -> Path:
     """Tiny Shakespeare, downloaded once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "regpt"
-    path = cache / "tinyshakespeare.txt"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
-        return path
-    url = os.environ.get("REGPT_SHAKESPEARE_URL", SHAKESPEARE_URL)
-    hint = "download it elsewhere and give the file: --data.source input.txt (regpt prepare input.txt)"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            data: bytes = response.read()
-    except OSError as e:
-        raise DataError(f"shakespeare cannot be downloaded from {url}: {e}", hint=hint) from None
-    got = hashlib.sha256(data).hexdigest()
-    if got != SHAKESPEARE_SHA256:
-        raise DataError(
-            f"{url} is not Tiny Shakespeare.",
-            got=f"sha256 {got}",
-            expected=f"sha256 {SHAKESPEARE_SHA256}",
-            hint=hint,
-        )
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    path = cache_folder() / "tinyshakespeare.txt"
+    fetch(
+        os.environ.get("REGPT_SHAKESPEARE_URL", SHAKESPEARE_URL),
+        sha256=SHAKESPEARE_SHA256,
+        keep=path,
+        hint="download it elsewhere and name the file in place of shakespeare: regpt prepare input.txt …",
+    )
     return path
 
 
@@ -321,7 +331,3 @@ def _short(name: str) -> str:
     """A name for folders: suffixes off, nothing that a file system or a shell minds."""
     name = re.sub(r"(\.(txt|jsonl|ndjson|parquet|gz|xz|zst))+$", "", name, flags=re.IGNORECASE)
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "text"
-
-
-def _counts(skipped: Mapping[str, int]) -> str | None:
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n) or None

@@ -21,7 +21,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from regpt.errors import DataError
 from regpt.infer.cache import KVCache
 from regpt.infer.sampling import choose, uniform
 from regpt.infer.settings import SamplingSettings as SamplingSettings
@@ -118,18 +117,10 @@ def collect(pieces: Iterator[Piece], eot_id: int) -> list[Completion]:
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """The ids that a prompt stands for; never empty. Raises DataError for what the tokenizer lacks."""
     if isinstance(prompt, str):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as e:  # half a surrogate pair, as a shell passes bytes that are not UTF-8
-            raise DataError(f"the prompt is not valid text: {e}") from None
         ids = tokenizer.encode(prompt)
     else:
         ids = list(prompt)
-        for i in ids:
-            if not 0 <= i < tokenizer.vocab_size:
-                raise DataError(
-                    f"the prompt holds the id {i}.", expected=f"ids from 0 to {tokenizer.vocab_size - 1}"
-                )
+        tokenizer.decode_bytes(ids)  # refuses ids that do not exist
     return ids or [tokenizer.eot_id]
 
 

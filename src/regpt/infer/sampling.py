@@ -37,7 +37,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, ids = logits.sort(descending=True, stable=True)
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs  # the mass of all likelier tokens
-    before[..., 0] = 0.0
     drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before >= p)
     return logits.masked_fill(drop, -math.inf)
 
@@ -62,14 +61,11 @@ def draw(probs: Tensor, uniforms: Sequence[float]) -> list[int]:
 
     Args:
         probs: (rows, V) float64, not necessarily summing to 1. An id of mass 0 is never drawn.
-        uniforms: one number in [0, 1) a row.
+        uniforms: one multiple of 2^-53 in [0, 1) a row: times the total, it cannot round up to the total.
     """
     cdf = probs.cumsum(-1)
-    total = cdf[:, -1]
-    u = torch.tensor(uniforms, dtype=probs.dtype, device=probs.device)
-    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
-    at = torch.minimum(u * total, below)
-    return cast(list[int], torch.searchsorted(cdf, at[:, None], right=True)[:, 0].tolist())
+    at = torch.tensor(uniforms, dtype=probs.dtype, device=probs.device)[:, None] * cdf[:, -1:]
+    return cast(list[int], torch.searchsorted(cdf, at, right=True)[:, 0].tolist())
 
 
 def choose(

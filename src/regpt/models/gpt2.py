@@ -23,6 +23,24 @@ MLP_RATIO = 4
 IGNORE = -1  # a target that does not count
 
 
+def check_shape(config: ModelConfig) -> None:
+    """Refuse a shape that cannot be built.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name} must be at least 1.", got=getattr(config, name))
+    if config.n_embd % config.n_head:
+        raise ConfigError(
+            f"model.n_embd={config.n_embd} is not a multiple of model.n_head={config.n_head}.",
+            hint=f"--model.n-embd {config.n_head * max(1, round(config.n_embd / config.n_head))}",
+        )
+    if not 0.0 <= config.dropout < 1.0:
+        raise ConfigError("model.dropout must lie in [0, 1).", got=config.dropout)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -98,16 +116,7 @@ class GPT2(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(config, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1.", got=getattr(config, name))
-        if config.n_embd % config.n_head:
-            raise ConfigError(
-                f"model.n_embd={config.n_embd} is not a multiple of model.n_head={config.n_head}.",
-                hint=f"--model.n-embd {config.n_head * max(1, round(config.n_embd / config.n_head))}",
-            )
-        if not 0.0 <= config.dropout < 1.0:
-            raise ConfigError("model.dropout must lie in [0, 1).", got=config.dropout)
+        check_shape(config)
         self.config, self.vocab_size, self.padded_vocab_size = config, vocab_size, pad_vocab(vocab_size)
         self.wte = nn.Embedding(self.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)

@@ -1,4 +1,4 @@
-"""What the four kinds share: `<|endoftext|>` is the last id, ids are checked, files are sealed by a header."""
+"""What all kinds share: `<|endoftext|>` is the last id, ids are checked, a header seals the saved files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regpt.tokenizers.files import write_file
 
 
 def well_formed(text: str) -> str:
-    """`text`, mended as tiktoken does where UTF-8 cannot hold it: lone surrogates become U+FFFD, pairs join."""
+    """`text` as UTF-8 can hold it, mended as tiktoken does: lone surrogates become U+FFFD, pairs join."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,7 +1,7 @@
-"""Byte-level BPE trained on one's own text: counted by `tokenizers`, saved in its format, encoded by tiktoken.
+"""Byte-level BPE trained on one's own text: learnt by `tokenizers`, saved in its format, encoded by tiktoken.
 
-The only importer of `tokenizers`. tiktoken is several times as fast and gives the same ids: with merges applied
-in the order in which they were learnt, the bytes of a token can come together in one way only.
+The only importer of `tokenizers`. tiktoken is several times as fast and gives the same ids: with merges in the
+order in which they were learnt, the bytes of a token can come together in one way only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BPETokenizer(BytePairTokenizer):
     """256 bytes, a token for each merge, `<|endoftext|>`.
 
     Args:
-        merges: pairs of tokens as `tokenizers` writes them, each a byte's character or made by an earlier merge.
+        merges: pairs of tokens as `tokenizers` writes them, each a byte's character or an earlier pair's token.
     """
 
     kind = "bpe"
@@ -58,8 +58,8 @@ def train_bpe(
 ) -> BPETokenizer:
     """Learn merges from `texts`, read once, as a stream; memory grows with the number of distinct words.
 
-    Pairs are counted inside the pre-tokens of GPT-2's split. The most frequent one is merged, of equals the one
-    with the smaller ids; those under MIN_FREQUENCY never are. The order of the texts makes no difference.
+    Pairs are counted inside the pre-tokens of GPT-2's split. The most frequent one is merged, of equals the
+    one with the smaller ids; those under MIN_FREQUENCY never are. The order of the texts does not matter.
 
     Args:
         vocab_size: ids in all, `<|endoftext|>` included. Too little text gives fewer, which is logged.

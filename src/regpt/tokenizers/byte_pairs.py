@@ -64,7 +64,7 @@ class BytePairTokenizer(BaseTokenizer):
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
-        """Ids of several texts, as `encode` gives them; large batches in threads, since tiktoken lets go of Python."""
+        """Ids of several texts, as `encode` gives them; large batches in threads (tiktoken frees the GIL)."""
         threads = min(os.cpu_count() or 1, 8, len(texts))
         if threads < 2 or sum(map(len, texts)) < _THREADS_FROM:
             return super().encode_batch(texts, allow_special=allow_special)

@@ -1,20 +1,15 @@
-"""Files as tokenizers keep them: written whole, read with damage named, downloaded with their hash checked."""
+"""Files as tokenizers keep them: written whole or not at all, read with every damage named."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
 
 from regpt.errors import DataError
-
-TIMEOUT = 30
-"""Seconds that a server may stay silent."""
 
 
 def damaged(path: Path, why: str, *, got: object = None, expected: object = None) -> DataError:
@@ -23,12 +18,12 @@ def damaged(path: Path, why: str, *, got: object = None, expected: object = None
     return DataError(f"{path} is damaged: {why}.", got=got, expected=expected, hint=hint)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, hint: str | None = None) -> bytes:
     """A whole file. Raises DataError naming it."""
     try:
         return path.read_bytes()
     except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}.") from None
+        raise DataError(f"cannot read {path}: {e.strerror or e}.", hint=hint) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,28 +54,11 @@ def write_file(path: Path, content: bytes) -> None:
         raise DataError(f"cannot write {path}: {e.strerror or e}.") from None
 
 
-def require_sha256(content: bytes, sha256: str, name: object, hint: str) -> bytes:
-    """`content`, if it hashes to `sha256`. Raises DataError with both hashes otherwise."""
+def require_sha256(content: bytes, sha256: str, name: object, hint: str) -> None:
+    """Raises DataError with both hashes unless `content`, which came from `name`, hashes to `sha256`."""
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
         sizes = f"sha256 {got} ({len(content):,} bytes)"
         raise DataError(
             f"{name} is not the published file.", got=sizes, expected=f"sha256 {sha256}", hint=hint
         )
-    return content
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: REGPT_CACHE, else XDG_CACHE_HOME/regpt, else ~/.cache/regpt."""
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("REGPT_CACHE") or f"{shared}/regpt").expanduser()
-
-
-def download(url: str, sha256: str, hint: str) -> bytes:
-    """The file at `url`. Raises DataError with `hint`: no network, no such file, cut short, another content."""
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
-            content: bytes = reply.read()
-    except (OSError, http.client.HTTPException, ValueError) as e:
-        raise DataError(f"cannot download {url}: {e}.", hint=hint) from None
-    return require_sha256(content, sha256, url, hint)

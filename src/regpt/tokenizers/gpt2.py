@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regpt.tokenizers.byte_pairs import BytePairTokenizer, token_bytes
-from regpt.tokenizers.files import cache_folder, download, read_file, require_sha256, write_file
+from regpt.tokenizers.download import cache_folder, fetch, kept
+from regpt.tokenizers.files import read_file, require_sha256
 
 # As OpenAI published them and tiktoken pins them (tiktoken_ext/openai_public.py).
 SHA256 = {
@@ -29,7 +30,7 @@ class GPT2Tokenizer(BytePairTokenizer):
     """50,257 ids: 256 bytes, 50,000 merges, `<|endoftext|>`.
 
     Args:
-        contents: the published files by name. encoder.json adds nothing to vocab.bpe; it travels along for others.
+        contents: the published files by name. encoder.json adds nothing to vocab.bpe; other programs want it.
     """
 
     kind = "gpt2"
@@ -46,33 +47,27 @@ class GPT2Tokenizer(BytePairTokenizer):
 def open_gpt2(files: str | None = None) -> GPT2Tokenizer:
     """GPT-2's tokenizer. A folder that is named must have the two files; without one they are looked for.
 
-    In order: the folder `files` (setting tokenizer.files); the folder REGPT_GPT2_FILES; regpt's cache; tiktoken's
-    cache, if TIKTOKEN_CACHE_DIR is set; the network. Raises DataError naming the file, or the URL and a way round.
+    In order: the folder `files` (setting tokenizer.files); the folder REGPT_GPT2_FILES; tiktoken's cache, if
+    TIKTOKEN_CACHE_DIR is set; regpt's; the network. Raises DataError naming the file or URL, and a way out.
     """
-    folder = files or os.environ.get(FOLDER_VARIABLE)
-    return (
-        load(Path(folder).expanduser()) if folder else GPT2Tokenizer({name: _found(name) for name in SHA256})
-    )
+    if folder := files or os.environ.get(FOLDER_VARIABLE):
+        return load(Path(folder).expanduser())
+    return GPT2Tokenizer({name: _found(name) for name in SHA256})
 
 
 def load(folder: Path) -> GPT2Tokenizer:
     """The tokenizer whose files lie in `folder`. Raises DataError: one is missing or not the published one."""
-    read = {name: read_file(folder / name) for name in SHA256}
-    return GPT2Tokenizer(
-        {name: require_sha256(read[name], SHA256[name], folder / name, BY_HAND) for name in read}
-    )
+    contents = {}
+    for name, sha256 in SHA256.items():
+        contents[name] = read_file(folder / name, BY_HAND)
+        require_sha256(contents[name], sha256, folder / name, BY_HAND)
+    return GPT2Tokenizer(contents)
 
 
 def _found(name: str) -> bytes:
-    kept = cache_folder() / "gpt2" / name
-    places = [kept]
     if theirs := os.environ.get("TIKTOKEN_CACHE_DIR"):  # where a file is named by the sha1 of its URL
-        places.append(
-            Path(theirs) / hashlib.sha1(f"{URL}/{name}".encode(), usedforsecurity=False).hexdigest()
-        )
-    for place in places:
-        if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == SHA256[name]:
+        sha1 = hashlib.sha1(f"{URL}/{name}".encode(), usedforsecurity=False)
+        if (content := kept(Path(theirs) / sha1.hexdigest(), SHA256[name])) is not None:
             return content
-    content = download(f"{os.environ.get(URL_VARIABLE) or URL}/{name}", SHA256[name], BY_HAND)
-    write_file(kept, content)
-    return content
+    url = f"{os.environ.get(URL_VARIABLE) or URL}/{name}"
+    return fetch(url, sha256=SHA256[name], keep=cache_folder() / "gpt2" / name, hint=BY_HAND)

@@ -16,7 +16,7 @@ _CUT = re.compile(f"(?<=[^{_WHITE}])[{_WHITE}]|[{_WHITE}](?=[^{_WHITE}])")
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Pieces of `size` characters or a little more whose ids, put together, are those of the whole text.
+    """Pieces of `size` (1 up) characters or a little more whose ids, put together, are those of the whole text.
 
     It bounds memory, and it saves the regular expression engine, whose stack a million blanks before a word
     would overflow: such a run ends its piece, and there it is matched in one go. Without white space, no cut.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regpt.config import Config
 from regpt.data.loader import Loader
-from regpt.data.shards import Shards
+from regpt.data.shards import TokenSplit
 from regpt.errors import CheckpointError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
 from regpt.infer.engine import SamplingSettings, complete
@@ -85,7 +85,8 @@ class Trainer:
         machine: Machine,
         model: nn.Module,
         tokenizer: Tokenizer,
-        shards: Shards,
+        loader: Loader,
+        val_split: TokenSplit | None,
         *,
         run: RunDirectory,
         facts: dict[str, Any],
@@ -102,16 +103,11 @@ class Trainer:
             optimizer=adamw(model, config.optim, machine.kind),
             scaler=torch.amp.GradScaler(machine.kind, enabled=plan.dtype == "float16"),
         )
-        T = config.model.block_size
-        self.loader = Loader(
-            shards.split("train"),
-            block_size=T,
-            batch_rows=plan.batch_rows,
-            seed=config.seed,
-            order=config.data.order,
+        self.loader = loader
+        self.val_split = val_split
+        self.eval_rows = config.eval.micro_rows or max(
+            plan.micro_rows, EVAL_TOKENS // config.model.block_size, 1
         )
-        self.val_split = shards.split("val") if "val" in shards.splits else None
-        self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, EVAL_TOKENS // T, 1)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
         self.saved_step: int | None = None
         if plan.compile:

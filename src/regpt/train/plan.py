@@ -13,6 +13,9 @@ from regpt.config import Config
 from regpt.errors import ConfigError
 from regpt.models import pad_vocab
 from regpt.models.count import Memory, count_parameters, flops_per_token, memory_estimate
+from regpt.models.gpt2 import check_shape
+from regpt.optim.groups import check_adamw
+from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine, choose_dtype
 
 # Share of the measured matrix-product rate that a training step reaches; measured on two CPU cores (36-49 % in float32,
@@ -125,6 +128,11 @@ def _check(config: Config) -> None:
             raise ConfigError(
                 f"{name} must be at least 1.", got=value, hint="none turns an optional setting off"
             )
+    check_shape(config.model)
+    check_adamw(config.optim)
+    check_schedule(config.optim, config.train.steps)
+    if not 0 <= config.data.val_fraction < 1:
+        raise ConfigError("data.val_fraction must lie in [0, 1).", got=config.data.val_fraction)
     if config.sample.tokens < 0:
         raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
     if not 0 <= config.seed < 2**63:

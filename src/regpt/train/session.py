@@ -1,6 +1,6 @@
 """From settings to a finished run: text and tokenizer, plan, run directory, training; resumed where it was left.
 
-`regpt train` and `regpt.train` are both this. Everything that can be refused is refused before anything slow is begun.
+`regpt train` and `regpt.train_model` are both this. Everything that can be refused is refused before anything slow is begun.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import corpus
+from regpt.data.loader import Loader
 from regpt.data.shards import Shards
 from regpt.errors import CheckpointError
 from regpt.models.gpt2 import GPT2
@@ -69,6 +70,14 @@ def train(
     if not fresh:
         _check_same_run(run, config, listen)
     tokenizer, shards = corpus(config, listen, kept_tokenizer=None if fresh else run.tokenizer)
+    tokenizer.encode(config.sample.prompt)  # raises now, not at the first sample, where the text has other characters
+    loader = Loader(
+        shards.split("train"),
+        block_size=config.model.block_size,
+        batch_rows=config.train.batch_tokens // config.model.block_size,
+        seed=config.seed,
+        order=config.data.order,
+    )
     with stop_on_signal() as stop, RunDirectory.open(run.path, fresh=fresh) as run:
         plan = make_plan(
             config,
@@ -78,7 +87,7 @@ def train(
             flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
         )
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
-        trainer = _trainer(config, plan, machine, tokenizer, shards, run, listen, stop)
+        trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop)
         try:
             trainer.run()
         finally:
@@ -92,6 +101,7 @@ def _trainer(
     machine: Machine,
     tokenizer: Tokenizer,
     shards: Shards,
+    loader: Loader,
     run: RunDirectory,
     listen: Listener,
     stop: StopRequest,
@@ -122,7 +132,8 @@ def _trainer(
         machine,
         GPT2(config.model, tokenizer.vocab_size),
         tokenizer,
-        shards,
+        loader,
+        shards.split("val") if "val" in shards.splits else None,
         run=run,
         facts=facts,
         trackers=trackers,

@@ -1,0 +1,122 @@
+"""What a folder of token shards holds: its facts, whether every byte is as it was written, and sample documents."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from regpt.cli.parse import CommonArgs, Output, parse
+from regpt.errors import DataError
+
+if TYPE_CHECKING:
+    from regpt.data.shards import Shards, TokenSplit
+
+SAMPLE_CHARS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(CommonArgs):
+    """Arguments of `regpt inspect PATH`."""
+
+    path: tyro.conf.Positional[str]
+    """A folder of token shards."""
+    documents: int = 2
+    """How many documents to show, from the first on."""
+    split: Literal["train", "val"] = "train"
+    """Which documents to show."""
+    verify: bool = True
+    """Read every file whole and compare it with its checksum."""
+
+
+def main(argv: list[str]) -> int:
+    """`regpt inspect`."""
+    args = parse(Args, argv, prog="regpt inspect", description=__doc__ or "")
+    path = Path(args.path).expanduser()
+    if not path.exists():
+        raise DataError(f"there is nothing at {path}.")
+    inspect_shards(path, args)
+    return 0
+
+
+def inspect_shards(path: Path, args: Args) -> None:
+    """Everything about a shard folder.
+
+    Raises:
+        DataError: naming the file that is missing or has changed.
+    """
+    from regpt.data.shards import TOKENIZER, Shards
+    from regpt.tokenizers import load_tokenizer
+
+    out, shards = Output(args), Shards.open(path)
+    facts, split = shards.manifest, shards.split(args.split)
+    if args.verify:
+        total = sum(f.bytes for f in facts.files)
+        with out.progress("verifying", total, "bytes") as bar:
+            done = 0
+            for file in shards.verify():
+                bar.update(done := done + file.bytes)
+    tokenizer = load_tokenizer(path / TOKENIZER)
+    if tokenizer.fingerprint != facts.tokenizer.fingerprint:
+        raise DataError(
+            f"{path / TOKENIZER} is not the tokenizer that wrote these shards.",
+            got=tokenizer.fingerprint,
+            expected=facts.tokenizer.fingerprint,
+        )
+    samples = []
+    for number, (start, end) in enumerate(_bounds(split)[: args.documents]):
+        ids = split.read(start, min(end - start - 1, SAMPLE_CHARS)).tolist()  # the last id ends the document
+        samples.append(
+            {"document": number, "tokens": end - start, "text": tokenizer.decode(ids)[:SAMPLE_CHARS]}
+        )
+    lengths = _lengths(split)
+    lines = describe_shards(shards)
+    lines += [f"lengths    {args.split}: " + ", ".join(f"{n:,} under {k:,}" for k, n in lengths.items() if n)]
+    lines += [f"checked    {'every byte is as it was written' if args.verify else 'sizes only'}"]
+    for s in samples:
+        lines += [f"--- {args.split} document {s['document']}, {s['tokens']:,} tokens", str(s["text"])]
+    values: dict[str, Any] = {
+        "kind": "shards",
+        "path": str(path),
+        "verified": args.verify,
+        "manifest": dataclasses.asdict(facts),
+        "lengths": lengths,
+        "samples": samples,
+    }
+    out.result(values, "\n".join(lines))
+
+
+def describe_shards(shards: Shards) -> list[str]:
+    """The manifest in a few lines for a person."""
+    m = shards.manifest
+    lines = [
+        f"shards     {shards.path}: {m.source.name}, from {m.source.spec}",
+        f"tokenizer  {m.tokenizer.kind}, {m.tokenizer.vocab_size:,} ids, fingerprint {m.tokenizer.fingerprint[:12]}; "
+        f"ids as {m.dtype}, up to {m.max_id:,}; <|endoftext|> {m.eot} to every document",
+    ]
+    for name, s in m.splits.items():
+        lines.append(
+            f"{name:<10} {s.tokens:,} tokens in {s.documents:,} documents, {s.source_bytes:,} bytes of text "
+            f"({s.source_bytes / s.tokens:.2f} a token), the longest {s.longest:,} tokens"
+        )
+    if m.skipped:
+        lines.append("skipped    " + ", ".join(f"{n:,} {reason}" for reason, n in m.skipped.items()))
+    lines.append(f"files      {len(m.files)}, {sum(f.bytes for f in m.files):,} bytes")
+    return lines
+
+
+def _bounds(split: TokenSplit) -> list[tuple[int, int]]:
+    ends = split.document_ends.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _lengths(split: TokenSplit) -> dict[int, int]:
+    """Number of documents by length: {10: how many have under 10 tokens, 100: how many of the others under 100, …}."""
+    found: dict[int, int] = {}
+    for begin, end in _bounds(split):
+        bound = 10 ** len(str(end - begin))
+        found[bound] = found.get(bound, 0) + 1
+    return dict(sorted(found.items()))

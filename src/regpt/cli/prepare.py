@@ -1,0 +1,91 @@
+"""Turn text into token shards: a file, a folder, a glob, or a named set (shakespeare, python-stdlib)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.config import Config, DataConfig, TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(CommonArgs):
+    """Arguments of `regpt prepare SOURCE --out DIR`."""
+
+    source: tyro.conf.Positional[str]
+    """Text, JSONL or parquet (.gz, .xz, .zst too), a folder of them, a glob, shakespeare or python-stdlib."""
+    out: str
+    """The folder for the shards. The same command again finishes what was stopped."""
+    tokenizer: str = TokenizerConfig.name
+    """gpt2, bytes, chars or bpe (trained on the source), or a folder with a saved tokenizer."""
+    tokenizer_files: str | None = TokenizerConfig.files
+    """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
+    vocab_size: int = TokenizerConfig.vocab_size
+    """Entries of a `bpe` tokenizer trained here, <|endoftext|> included."""
+    val_fraction: float = DataConfig.val_fraction
+    """Share of documents held out for validation; of a single text, its last part. 0: none."""
+    val_source: str | None = DataConfig.val_source
+    """A separate source for validation. None: split off SOURCE."""
+    text_field: str = DataConfig.text_field
+    """The field that holds the text in JSONL and parquet."""
+    workers: int | None = DataConfig.workers
+    """Processes that tokenise. None: one for each core."""
+
+
+def main(argv: list[str]) -> int:
+    """`regpt prepare`."""
+    args = parse(Args, argv, prog="regpt prepare", description=__doc__ or "")
+    from regpt.cli.inspect import describe_shards
+    from regpt.data.corpus import tokenizer_for
+    from regpt.data.prepare import prepare
+    from regpt.data.shards import Shards
+    from regpt.data.sources import open_source
+
+    out, begun = Output(args), time.monotonic()
+    source = open_source(args.source, text_field=args.text_field)
+    val_source = (
+        open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
+    )
+    # With validation text of its own, a tokenizer may learn from all of the source.
+    data = DataConfig(source=args.source, val_fraction=0.0 if val_source else args.val_fraction)
+    tokenizer = tokenizer_for(
+        TokenizerConfig(name=args.tokenizer, vocab_size=args.vocab_size, files=args.tokenizer_files),
+        source,
+        Config(data=data),
+        lambda event, step, values: out.info(values["text"]) if event == "info" else None,
+    )
+    total = source.stored_bytes + (val_source.stored_bytes if val_source else 0)
+    with out.progress("tokenising", total, "bytes") as bar:
+        manifest = prepare(
+            source,
+            tokenizer,
+            Path(args.out),
+            val_fraction=args.val_fraction,
+            val_source=val_source,
+            workers=args.workers,
+            progress=lambda done, _: bar.update(done),
+        )
+    seconds, splits = time.monotonic() - begun, manifest.splits
+    result: dict[str, Any] = {
+        "out": args.out,
+        "tokenizer": dataclasses.asdict(manifest.tokenizer),
+        "train_tokens": splits["train"].tokens,
+        "val_tokens": splits["val"].tokens if "val" in splits else 0,
+        "documents": sum(s.documents for s in splits.values()),
+        "bytes": sum(s.source_bytes for s in splits.values()),
+        "seconds": round(seconds, 3),
+        "skipped": manifest.skipped,
+    }
+    lines = [
+        *describe_shards(Shards.open(args.out)),
+        f"time       {duration(seconds)}",
+        f"next:      regpt inspect {args.out}",
+    ]
+    out.result(result, "\n".join(lines))
+    return 0

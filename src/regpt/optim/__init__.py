@@ -1,0 +1,1 @@
+"""How the weights move: parameter groups and the learning-rate schedule."""
