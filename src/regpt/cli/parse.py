@@ -79,7 +79,9 @@ def parse(
     """
     import tyro
 
-    extra: dict[str, Any] = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
+    if default is not None:
+        extra["default"] = default
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
