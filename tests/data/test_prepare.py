@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
-from regpt.data import documents, sources, workers
+from regpt.data import documents, sources, workers, writer
 from regpt.data import prepare as module
 from regpt.data.prepare import prepare, training_texts
 from regpt.data.shards import Manifest, Shards
@@ -585,7 +585,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path, monkeypatch, tokenizer, wher
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if where == "shards":
-        monkeypatch.setattr(module._HashedFile, "write", full)
+        monkeypatch.setattr(writer._HashedFile, "write", full)
     else:
         monkeypatch.setattr(workers if n == 1 else workers._Pool, "tokenize" if n == 1 else "_ask", full)
     with pytest.raises(

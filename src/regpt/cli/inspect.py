@@ -1,4 +1,4 @@
-"""What a folder of token shards holds: its facts, whether every byte is as it was written, and sample documents."""
+"""What a shard directory, a run or a checkpoint holds, and whether every byte is as it was written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from regpt.cli.parse import CommonArgs, Output, parse
-from regpt.errors import DataError
+from regpt.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from regpt.data.shards import Shards, TokenSplit
@@ -23,11 +23,11 @@ class Args(CommonArgs):
     """Arguments of `regpt inspect PATH`."""
 
     path: tyro.conf.Positional[str]
-    """A folder of token shards."""
+    """A shard directory, a run directory, or one of its checkpoints."""
     documents: int = 2
-    """How many documents to show, from the first on."""
+    """Of shards: how many documents to show, from the first on."""
     split: Literal["train", "val"] = "train"
-    """Which documents to show."""
+    """Of shards: which documents to show."""
     verify: bool = True
     """Read every file whole and compare it with its checksum."""
 
@@ -38,8 +38,90 @@ def main(argv: list[str]) -> int:
     path = Path(args.path).expanduser()
     if not path.exists():
         raise DataError(f"there is nothing at {path}.")
-    inspect_shards(path, args)
+    if (path / "run.json").exists():
+        inspect_run(path, args)
+    elif (path / "state.json").exists() or path.name.startswith("step-"):
+        inspect_checkpoint(path, args)
+    elif (path / "manifest.json").exists() or not path.is_dir():
+        inspect_shards(path, args)
+    else:
+        raise DataError(
+            f"{path} is neither a shard directory, a run nor a checkpoint.",
+            expected="a folder with manifest.json, run.json or state.json",
+        )
     return 0
+
+
+def inspect_run(path: Path, args: Args) -> None:
+    """A run: what it trained, how far it came, and its checkpoints, verified.
+
+    Raises:
+        CheckpointError: run.json cannot be read.
+    """
+    from regpt.config import Config, build
+    from regpt.train.checkpoint import list_checkpoints, read_checkpoint
+    from regpt.train.run import RunDirectory
+
+    out, run = Output(args), RunDirectory(path)
+    record, config = run.read(), build(Config, run.config, where=str(run.record))
+    checkpoints = []
+    for folder in list_checkpoints(run.checkpoints):
+        try:
+            found = read_checkpoint(folder, verify=args.verify)
+            checkpoints.append({"path": folder.name, "valid": True, "val_loss": found.state.get("val_loss")})
+        except CheckpointError as e:
+            checkpoints.append({"path": folder.name, "valid": False, "fault": e.what})
+    evals = [e for e in run.lines.entries() if e["event"] == "eval"]
+    m, plan = config.model, record["plan"]
+    lines = [
+        f"run        {path}: begun {record['sittings'][0]}, {len(record['sittings'])} sitting(s)",
+        f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
+        f"{plan['parameters']:,} parameters",
+        f"data       {config.data.source}, tokenizer {config.tokenizer.name} of {plan['vocab_size']:,}",
+        f"training   {plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
+        f"{record['machine']['name']}",
+    ]
+    for last in evals[-5:]:
+        lines.append(
+            f"validation step {last['step']:>6}: {last['val_loss']:.4f} "
+            f"({last['val_bits_per_byte']:.4f} bits per byte)"
+        )
+    for c in checkpoints:
+        state = ("whole" if args.verify else "not checked") if c["valid"] else f"DAMAGED: {c['fault']}"
+        lines.append(f"checkpoint {c['path']}: {state}")
+    values = {"kind": "run", "path": str(path), "run": record, "evals": evals, "checkpoints": checkpoints}
+    out.result(values, "\n".join(lines))
+
+
+def inspect_checkpoint(path: Path, args: Args) -> None:
+    """One checkpoint: its files verified, its state, its tensors.
+
+    Raises:
+        CheckpointError: naming the file that is missing or has changed.
+    """
+    from regpt.train.checkpoint import read_checkpoint
+
+    found = read_checkpoint(path, verify=args.verify)
+    tensors = {
+        name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in found.model_tensors().items()
+    }
+    plain = {k: v for k, v in found.state.items() if not isinstance(v, dict)}
+    lines = [
+        f"checkpoint {path}: step {found.step}, {'every byte as written' if args.verify else 'not checked'}"
+    ]
+    lines += [f"  {name:<24} {value}" for name, value in plain.items()]
+    lines += [f"tensors    {len(tensors)}"]
+    lines += [
+        f"  {name:<32} {kind} {' x '.join(map(str, shape))}" for name, (kind, *shape) in tensors.items()
+    ]
+    values = {
+        "kind": "checkpoint",
+        "path": str(path),
+        "step": found.step,
+        "state": found.state,
+        "tensors": tensors,
+    }
+    Output(args).result(values, "\n".join(lines))
 
 
 def inspect_shards(path: Path, args: Args) -> None:

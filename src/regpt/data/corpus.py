@@ -95,7 +95,12 @@ def tokenizer_for(
     if asked.name == "chars":
         return train_chars(texts)
     listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
-    return train_bpe(texts, asked.vocab_size)
+
+    def progress(chars: int) -> None:
+        values = {"description": "reading", "done": chars, "total": source.source_bytes, "unit": "characters"}
+        listen("progress", 0, values)
+
+    return train_bpe(texts, asked.vocab_size, progress=progress)
 
 
 def known_corpus(config: Config) -> tuple[int, Shards | None]:

@@ -33,9 +33,8 @@ Document = Callable[[], Iterable[str]]
 
 DELIMITERS: dict[Form, bytes] = {"text": END_OF_TEXT.encode(), "jsonl": b"\n"}
 PIECE_BYTES = 1 << 20
-LONG_LINE_BYTES = (
-    8 << 20
-)  # a longer JSON line is not parsed whole: as Python objects it may take five times its size
+# A longer JSON line is not parsed whole: as Python objects it may take five times its size.
+LONG_LINE_BYTES = 8 << 20
 HEAD_BYTES = 8192  # a NUL in the first so many bytes marks a binary file, as git and grep have it
 
 _STOPS = r"\n.,;:!?()\[\]{}<>=+/\"，。、"
@@ -231,7 +230,7 @@ def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[
     # Lines end at b"\n" alone: U+0085 and U+2028, where str.splitlines cuts, may stand inside a JSON string.
     for begin, stop in _records(data, part):
         if stop - begin > LONG_LINE_BYTES and (span := _text_span(data, begin, stop, part.text_field)):
-            yield partial(_unescaped, data, *span, _where(data, part, begin))
+            yield partial(_unescaped, data, *span, partial(_where, data, part, begin))
             continue
         line = data[begin:stop].strip(b" \t\r")
         if not line:
@@ -327,7 +326,7 @@ def _skip_nested(data: mmap.mmap, at: int, stop: int) -> int:
             return at
 
 
-def _unescaped(data: mmap.mmap, begin: int, stop: int, where: str) -> Iterator[str]:
+def _unescaped(data: mmap.mmap, begin: int, stop: int, where: Callable[[], str]) -> Iterator[str]:
     """The text of a JSON string from behind its opening quote up to its closing one."""
 
     def blocks() -> Iterator[str]:
@@ -338,7 +337,9 @@ def _unescaped(data: mmap.mmap, begin: int, stop: int, where: str) -> Iterator[s
             try:
                 yield json.loads(f'"{decoder.decode(found[0], at == stop) if found else chr(0)}"')
             except json.JSONDecodeError as e:
-                raise DataError(f"{where} is not valid JSON: {e.msg} before byte {at} of the file") from None
+                raise DataError(
+                    f"{where()} is not valid JSON: {e.msg} before byte {at} of the file"
+                ) from None
 
     return cut_safely(blocks())
 

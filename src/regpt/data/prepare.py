@@ -8,7 +8,6 @@ parts are the same every time, so are the bytes. At the end the finished folder 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import itertools
 import json
@@ -18,40 +17,36 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
-import xxhash
 
 from regpt.data.documents import Document, Part, documents
 from regpt.data.shards import (
     MANIFEST,
     TOKENIZER,
     Manifest,
-    ShardFile,
     Shards,
     SourceFacts,
-    SplitFacts,
     TokenizerFacts,
     dtype_for,
 )
 from regpt.data.sources import PART_BYTES, Source
 from regpt.data.workers import Tokenized, document_hash, tokenizing
-from regpt.errors import ConfigError, DataError, Interrupted
+from regpt.data.writer import SplitWriter
+from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
 from regpt.train.durable import make_folder, replace_file, sync_folder, write_synced
 
 ProgressFunction = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of the source's files; may raise to stop the work."""
 
+MORE_SPACE = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 HASHES = 1 << 64
 JOURNAL = "journal.json"
 JOURNAL_S = 30.0  # work that a crash can cost, beside what it costs to make it durable
-COPY_BYTES = 1 << 20
 # For the estimate of disk: text per id. Of byte-pair encodings a low figure, so that the estimate is high.
 BYTES_PER_TOKEN = {"gpt2": 2.5, "bpe": 2.5}
 
@@ -99,21 +94,19 @@ def prepare(
                 if done := job.finished(out):  # by another process, while we came here
                     return done
                 return _write(job, out, work, workers or _workers_for(source), progress or (lambda *_: None))
-            except (KeyboardInterrupt, Interrupted):
-                keep = (work / JOURNAL).exists()  # the same command goes on from there
+            except (
+                BaseException
+            ) as e:  # stopped, or short of memory: the same command goes on from the journal
+                keep = not isinstance(e, (DataError, OSError)) and (work / JOURNAL).exists()
                 raise
             finally:
                 if not keep:
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"disk full while preparing {out}; what was written is removed.", hint=_DISK
-            ) from None
+            what = f"disk full while preparing {out}; what was written is removed."
+            raise DataError(what, hint=MORE_SPACE) from None
         raise DataError(f"{e.filename or out}: {e.strerror or e}.") from e
-
-
-_DISK = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 
 
 def training_texts(source: Source, val_fraction: float) -> Iterator[str]:
@@ -122,13 +115,12 @@ def training_texts(source: Source, val_fraction: float) -> Iterator[str]:
     Args:
         val_fraction: 0 where validation has a source of its own.
     """
+    _check_single_text(source, val_fraction)
     with tempfile.TemporaryDirectory(prefix="regpt-") as folder:
         work = Path(folder)
-        split = _parts(source, val_fraction, work, None)
-        threshold = _threshold(source, val_fraction, work) if val_fraction and not source.single_text else 0
-        parts = (part for name, part in split if name != "val")
-        for document in _read(parts):
-            hashed = document_hash(document) if threshold else HASHES
+        threshold = _threshold(source, val_fraction, work)
+        for document in _read(part for name, part in _parts(source, val_fraction, work) if name != "val"):
+            hashed = document_hash(document)
             if hashed is not None and hashed >= threshold:
                 yield from document()
 
@@ -201,13 +193,11 @@ def _check_disk(job: _Job, out: Path, work: Path) -> None:
         raise DataError(
             f"disk full: {out} needs about {needed / 1e9:,.2f} GB for {text / 1e9:,.2f} GB of text.",
             got=f"{free / 1e9:,.2f} GB free",
-            hint=_DISK,
+            hint=MORE_SPACE,
         )
 
 
-def _parts(
-    source: Source, val_fraction: float | None, work: Path, val_source: Source | None
-) -> Iterator[tuple[str, Part]]:
+def _parts(source: Source, val_fraction: float | None, work: Path) -> Iterator[tuple[str, Part]]:
     """Every part with its split: train, val, or hash where each document goes by its hash."""
     if source.single_text:
         scan = source.scan
@@ -216,11 +206,6 @@ def _parts(
         yield from ((("train", "val")[n], part) for n, part in source.text_parts(work, chars))
     else:
         yield from (("hash" if val_fraction else "train", part) for part in source.parts(work))
-    if val_source is not None and val_source.single_text:
-        assert val_source.scan is not None
-        yield from (("val", part) for _, part in val_source.text_parts(work, val_source.scan.chars))
-    elif val_source is not None:
-        yield from (("val", part) for part in val_source.parts(work / "val"))
 
 
 def _check_single_text(source: Source, val_fraction: float | None) -> None:
@@ -239,12 +224,14 @@ def _check_single_text(source: Source, val_fraction: float | None) -> None:
         )
 
 
-def _threshold(source: Source, val_fraction: float, work: Path) -> int:
-    """Documents with a smaller hash are held out.
+def _threshold(source: Source, val_fraction: float | None, work: Path) -> int:
+    """Documents with a smaller hash are held out: none of a text that is split by position.
 
-    That is `val_fraction` of all hashes, or, if no document has such a hash, just enough for the smallest one. Reads
+    Else that is `val_fraction` of all hashes, or, if no document has such a hash, just enough for the smallest one. Reads
     no further than to the first document of either kind.
     """
+    if not val_fraction or source.single_text:
+        return 0
     threshold = int(val_fraction * HASHES)
     lowest, kept, seen = HASHES, False, 0
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -278,11 +265,12 @@ def _write(job: _Job, out: Path, work: Path, workers: int, progress: ProgressFun
     state = _State.resume(job, work) or _State.begin(job, work)
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "val").mkdir(parents=True)
-    threshold = 0
-    if job.val_fraction and not job.source.single_text:
-        threshold = _threshold(job.source, job.val_fraction, scratch)
+    threshold = _threshold(job.source, job.val_fraction, scratch)
     total = job.source.stored_bytes + (job.val_source.stored_bytes if job.val_source else 0)
-    every = _parts(job.source, job.val_fraction, scratch, job.val_source)
+    every = _parts(job.source, job.val_fraction, scratch)
+    if job.val_source:
+        of_its_own = (("val", part) for _, part in _parts(job.val_source, 0, scratch / "val"))
+        every = itertools.chain(every, of_its_own)
     names: list[str] = []  # splits of the parts under way
 
     def ahead() -> Iterator[Part]:
@@ -331,7 +319,7 @@ def _finish(job: _Job, state: _State, shards: Path, out: Path) -> Manifest:
         source=_facts(job.source),
         val_source=_facts(job.val_source) if job.val_source else None,
         request=job.request,
-        files=tuple(f for w in writers.values() for f in w.close()),
+        files=tuple(f for w in writers.values() for f in w.finish()),
         splits={name: w.facts() for name, w in writers.items()},
         skipped={k: n for k, n in sorted(skipped.items()) if n},
     )
@@ -356,7 +344,7 @@ class _State:
 
     def __init__(self, shards: Path, job: _Job) -> None:
         itemsize = dtype_for(job.tokenizer.vocab_size).itemsize
-        self.splits = {n: _SplitWriter(shards, n, itemsize, job.shard_tokens) for n in ("train", "val")}
+        self.splits = {n: SplitWriter(shards, n, itemsize, job.shard_tokens) for n in ("train", "val")}
         self.parts = self.bytes = self.max_id = 0
         self.skipped: Counter[str] = Counter()
         self.request = job.request
@@ -374,16 +362,17 @@ class _State:
     @classmethod
     def resume(cls, job: _Job, work: Path) -> _State | None:
         """As the journal has it; None where there is none of this request."""
+        state = cls(work / "shards", job)
         try:
             journal = json.loads((work / JOURNAL).read_bytes())
             if journal["request"] != job.request:
                 return None
-            state = cls(work / "shards", job)
             state.parts, state.bytes, state.max_id = journal["parts"], journal["bytes"], journal["max_id"]
             state.skipped = Counter(journal["skipped"])
             for name, writer in state.splits.items():
                 writer.restore(journal["splits"][name])
         except (OSError, ValueError, KeyError, TypeError):
+            state.abandon()
             return None
         (work / "shards" / MANIFEST).unlink(missing_ok=True)
         return state
@@ -392,10 +381,9 @@ class _State:
         """Make everything so far durable, then say so in the journal."""
         splits = {name: writer.note() for name, writer in self.splits.items()}
         sync_folder(work / "shards")
-        journal = {
-            "parts": self.parts, "bytes": self.bytes, "max_id": self.max_id, "skipped": self.skipped, "splits": splits,
-        }  # fmt: skip
-        replace_file(work / JOURNAL, json.dumps(journal | {"request": self.request}).encode())
+        counts = {"parts": self.parts, "bytes": self.bytes, "max_id": self.max_id, "skipped": self.skipped}
+        journal = {"request": self.request, "splits": splits, **counts}
+        replace_file(work / JOURNAL, json.dumps(journal).encode())
 
     def take(self, split: str, part: Part, path: Path, result: Tokenized, threshold: int) -> None:
         """Append a tokenised part, whose ids lie at `path`, and delete that file."""
@@ -414,148 +402,7 @@ class _State:
     def abandon(self) -> None:
         """Close the files as they are."""
         for writer in self.splits.values():
-            writer.ids.close()
-            writer.index.close()
-
-
-@dataclass
-class _Totals:
-    """What a split has so far; in the journal as it is."""
-
-    tokens: int = 0
-    documents: int = 0
-    source_bytes: int = 0
-    longest: int = 0
-    unended: int = 0
-    """Tokens of the document under way."""
-    tokens_here: int = 0
-    """In the file under way."""
-    documents_here: int = 0
-
-
-class _SplitWriter:
-    """One split's files, each full but the last."""
-
-    def __init__(self, folder: Path, name: str, itemsize: int, shard_tokens: int) -> None:
-        self.folder, self.name, self.itemsize, self.shard_tokens = folder, name, itemsize, shard_tokens
-        self.files: list[ShardFile] = []
-        self.total = _Totals()
-        self.ids, self.index = _HashedFile(), _HashedFile()
-
-    def add(self, ids: BinaryIO, lengths: Sequence[int], source_bytes: int, *, whole: bool) -> None:
-        """Copy documents of these lengths; unless `whole`, the last one goes on in the next call."""
-        ends, size, done = np.cumsum(lengths), sum(lengths), 0
-        full = [lengths[0] + self.total.unended, *lengths[1:]]
-        self.total.unended = 0 if whole else full.pop()
-        ends = ends[: len(full)]
-        while done < size:
-            if not self.ids.is_open or self.total.tokens_here == self.shard_tokens:
-                self._next_file()
-            n = min(size - done, self.shard_tokens - self.total.tokens_here, COPY_BYTES)
-            self.ids.write(ids.read(n * self.itemsize))
-            here = ends[(ends > done) & (ends <= done + n)] - done + self.total.tokens_here
-            self.index.write(here.astype("<u8").tobytes())
-            self.total.tokens_here += n
-            self.total.documents_here += len(here)
-            done += n
-        self.total.tokens += size
-        self.total.source_bytes += source_bytes
-        self.total.documents += len(full)
-        self.total.longest = max(self.total.longest, *full, 0)
-
-    def close(self) -> list[ShardFile]:
-        """All files, finished and durable."""
-        if self.ids.is_open:
-            name = self._name(len(self.files))
-            self.ids.sync()
-            self.index.sync()
-            t, size = self.total, self.ids.size
-            digests = (self.ids.digest.hexdigest(), self.index.digest.hexdigest())
-            self.files.append(ShardFile(name, self.name, t.tokens_here, t.documents_here, size, *digests))
-            self.ids.close()
-            self.index.close()
-            t.tokens_here = t.documents_here = 0
-        return self.files
-
-    def facts(self) -> SplitFacts:
-        """The totals, for the manifest."""
-        t = self.total
-        return SplitFacts(t.tokens, t.documents, t.source_bytes, t.longest)
-
-    def note(self) -> dict[str, Any]:
-        """Everything that `restore` needs, once the files are durable."""
-        if self.ids.is_open:
-            self.ids.sync()
-            self.index.sync()
-        files = [dataclasses.asdict(f) for f in self.files]
-        return {"files": files, "total": dataclasses.asdict(self.total), "open": self.ids.is_open}
-
-    def restore(self, noted: dict[str, Any]) -> None:
-        """Files as they were noted; what was written behind that is cut off. Raises ValueError if they are not there."""
-        self.files = [ShardFile(**f) for f in noted["files"]]
-        self.total = _Totals(**noted["total"])
-        known = {name for f in self.files for name in (f.name, f.index_name)}
-        if any((self.folder / f.name).stat().st_size != f.bytes for f in self.files):
-            raise ValueError("a finished file has changed")
-        if noted["open"]:
-            path = self.folder / self._name(len(self.files))
-            self.ids.reopen(path, self.total.tokens_here * self.itemsize)
-            self.index.reopen(path.with_suffix(".idx"), self.total.documents_here * 8)
-            known |= {path.name, path.with_suffix(".idx").name}
-        for path in self.folder.glob(f"{self.name}-*"):
-            if path.name not in known:
-                path.unlink()
-
-    def _next_file(self) -> None:
-        self.close()
-        path = self.folder / self._name(len(self.files))
-        self.ids.create(path)
-        self.index.create(path.with_suffix(".idx"))
-
-    def _name(self, number: int) -> str:
-        return f"{self.name}-{number:05d}.bin"
-
-
-class _HashedFile:
-    """A file that is hashed while it is written."""
-
-    def __init__(self) -> None:
-        self.file: FileIO | None = None
-        self.digest, self.size = xxhash.xxh3_128(), 0
-
-    @property
-    def is_open(self) -> bool:
-        return self.file is not None
-
-    def create(self, path: Path) -> None:
-        self.file, self.digest, self.size = FileIO(path, "xb"), xxhash.xxh3_128(), 0
-
-    def reopen(self, path: Path, size: int) -> None:
-        """Cut the file to `size` and go on behind that."""
-        self.file, self.digest, self.size = FileIO(path, "rb+"), xxhash.xxh3_128(), 0
-        while block := self.file.read(min(COPY_BYTES, size - self.size)):
-            self.digest.update(block)
-            self.size += len(block)
-        if self.size != size:
-            raise ValueError(f"{path} is shorter than noted")
-        self.file.truncate()
-
-    def write(self, data: bytes) -> None:
-        assert self.file is not None
-        self.digest.update(data)
-        self.size += len(data)
-        rest = memoryview(data)
-        while rest:  # a write may take less than it was given
-            rest = rest[self.file.write(rest) :]
-
-    def sync(self) -> None:
-        assert self.file is not None
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        self.file = None
+            writer.abandon()
 
 
 def _sync(path: Path) -> None:
@@ -600,9 +447,6 @@ def _lock(file: BinaryIO | FileIO) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        return e.errno in (
-            errno.ENOSYS,
-            errno.ENOLCK,
-            errno.ENOTSUP,
-        )  # there are no locks here: go on without
+        # Some network file systems have no locks; then we go on without.
+        return e.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
     return True

@@ -7,6 +7,7 @@ without seeing the rest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import gzip
 import io
@@ -31,16 +32,25 @@ from regpt.tokenizers.download import cache_folder, fetch
 
 PART_BYTES = (
     4 << 20
-)  # a fifth of a second of tokenising: small enough to share out, large enough to hide the overhead
+)  # a fifth of a second of tokenising: small enough to share out, much more than its overhead
 CONTENT_BYTES = (
     256 << 20
-)  # up to here a source is known by its content, above by names, sizes and times of its files
+)  # larger sources are known by sizes and times of change, smaller ones by their content
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NAMED_SETS = ("shakespeare", "python-stdlib")
 # Not library code, or large tables that are no prose in any language (encodings, pydoc_data).
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 PACKINGS = (".gz", ".xz", ".zst")
 # How much larger text is than its file: a rough figure for the estimate of disk, from English text.
@@ -170,18 +180,8 @@ class Source:
                         size, lines = size + len(kept), lines + kept.count(b"\n")
                         edge = (edge + kept)[-(len(delimiter) - 1) :] if len(delimiter) > 1 else b""
                 done = f.size if ended else position()
-                yield Part(
-                    path,
-                    str(f.path),
-                    f.form,
-                    0,
-                    size,
-                    done - stored,
-                    text_field=self.text_field,
-                    offset=offset,
-                    line=line,
-                    temporary=True,
-                )
+                whole = self._part(f, 0, size, done - stored)
+                yield dataclasses.replace(whole, path=path, offset=offset, line=line, temporary=True)
                 offset, line, stored, number = offset + size, line + lines, done, number + 1
 
     def text_parts(self, work: Path, first_chars: int) -> Iterator[tuple[int, Part]]:
@@ -291,7 +291,9 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.data:
             within = self.frame is not None and not self.frame.eof
-            packed = (b"" if within or self.frame is None else self.frame.unused_data) or self.stored.read(1 << 17)
+            packed = (b"" if within or self.frame is None else self.frame.unused_data) or self.stored.read(
+                1 << 17
+            )
             if not packed:
                 if within:
                     raise EOFError("it ends inside a frame")

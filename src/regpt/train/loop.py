@@ -192,8 +192,10 @@ class Trainer:
         except _Stopped:
             s.evaluated_step = None
             raise
-        s.val_loss, s.val_bits_per_byte = result.nats, result.bits_per_byte
-        improved = math.isfinite(result.nats) and (s.best_val_loss is None or result.nats < s.best_val_loss)
+        finite = math.isfinite(result.nats)
+        s.val_loss = result.nats if finite else None
+        s.val_bits_per_byte = result.bits_per_byte if finite else None
+        improved = finite and (s.best_val_loss is None or result.nats < s.best_val_loss)
         if improved:
             s.best_step, s.best_val_loss = s.step, result.nats
         self.say(
@@ -290,13 +292,13 @@ class Trainer:
                 | {name: getattr(s, name) for name in COUNTERS}
                 | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
             )
+            self.saved_step = s.step
+            checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
         except checkpoint.SaveFailed as e:
             if required:
                 raise
             self.say("note", s.step, {"text": f"{e}\n  training goes on; the next save will try again."})
             return
-        self.saved_step = s.step
-        checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
         self.say("save", s.step, {"path": path.name, "save_s": time.perf_counter() - began})
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
