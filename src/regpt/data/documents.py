@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regpt.errors import DataError, missing_package
 from regpt.tokenizers import END_OF_TEXT
@@ -209,9 +210,10 @@ class TextScan:
         return len(data)
 
 
-def _continues(block: bytes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _continues(block: bytes) -> NDArray[np.bool_]:
     """Which bytes continue a UTF-8 character."""
-    return np.equal(np.frombuffer(block, np.uint8) & 0xC0, 0x80)
+    continues: NDArray[np.bool_] = (np.frombuffer(block, np.uint8) & 0xC0) == 0x80
+    return continues
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------

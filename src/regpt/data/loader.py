@@ -126,7 +126,8 @@ def _mix(x: Words, key: np.uint64) -> Words:
     """A hash of each number, below 2**32 so that sums of it do not overflow."""
     z = (x + key) * MIX[0]
     z = (z ^ (z >> HALF)) * MIX[1]
-    return z >> HALF
+    mixed: Words = z >> HALF
+    return mixed
 
 
 @functools.lru_cache(maxsize=16)

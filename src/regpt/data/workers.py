@@ -11,14 +11,13 @@ import dataclasses
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -35,7 +34,9 @@ from regpt.tokenizers import Tokenizer, load_tokenizer
 HASH_SEED = 0x5EED
 BATCH_IDS = 1 << 16  # ids are checked and written so many at a time
 WAIT_S = 0.5
-START = """import json, sys
+# Ctrl-C reaches every process of a terminal; the one that was called decides.
+START = """import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = json.loads(sys.argv[1])
 from regpt.data.workers import serve
 serve(sys.argv[2])
@@ -187,12 +188,16 @@ class _Pool:
 
     def __init__(self, workers: int, folder: Path) -> None:
         command = [sys.executable, "-c", START, json.dumps(sys.path), str(folder)]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }  # numpy's, not needed
         self.threads = ThreadPoolExecutor(workers)
         self.workers: list[subprocess.Popen[str]] = []
         self.idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
         for _ in range(workers):
             pipe = subprocess.PIPE
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
             self.workers.append(process)
             self.idle.put(process)
 
@@ -213,11 +218,9 @@ class _Pool:
         self, waiting: deque[tuple[Part, Path, Future[Tokenized]]], tick: Callable[[], None]
     ) -> tuple[Part, Path, Tokenized]:
         part, path, future = waiting.popleft()
-        while True:
-            try:
-                return part, path, future.result(timeout=WAIT_S)
-            except TimeoutError:
-                tick()
+        while wait([future], WAIT_S).not_done:
+            tick()
+        return part, path, future.result()
 
     def _ask(self, part: Part, path: Path) -> Tokenized:
         worker = self.idle.get()
@@ -251,7 +254,6 @@ class _Pool:
 
 def serve(folder: str) -> None:
     """The life of a tokenising process: a line in, a line out, until there are no more lines."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what any library prints must not stand among the answers
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
