@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse
-from regpt.config import Config, DataConfig, TokenizerConfig
+from regpt.config import DataConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,11 @@ def main(argv: list[str]) -> int:
     val_source = (
         open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
     )
-    # With validation text of its own, a tokenizer may learn from all of the source.
-    data = DataConfig(source=args.source, val_fraction=0.0 if val_source else args.val_fraction)
     tokenizer = tokenizer_for(
         TokenizerConfig(name=args.tokenizer, vocab_size=args.vocab_size, files=args.tokenizer_files),
         source,
-        Config(data=data),
+        val_source,
+        args.val_fraction,
         lambda event, step, values: out.info(values["text"]) if event == "info" else None,
     )
     total = source.stored_bytes + (val_source.stored_bytes if val_source else 0)

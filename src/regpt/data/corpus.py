@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +38,16 @@ def corpus(
         raise ConfigError(
             "data.source is not set.", hint="--data.source FILE, a folder, a glob, or a named set"
         )
-    if (Path(config.data.source).expanduser() / MANIFEST).exists():
-        return _prepared(Path(config.data.source).expanduser(), config)
-    source = open_source(config.data.source, text_field=config.data.text_field)
-    val_source = None
-    if config.data.val_source is not None:
-        val_source = open_source(config.data.val_source, text_field=config.data.text_field)
-    folder = data_folder(config, source, val_source)
+    folder = Path(config.data.source).expanduser()
     if (folder / MANIFEST).exists():
         return _prepared(folder, config)
-    tokenizer = tokenizer_for(config.tokenizer, source, config, listen, kept=kept_tokenizer)
+    source, val_source = _sources(config)
+    folder = data_folder(config, source, val_source)
+    if (folder / MANIFEST).exists():
+        return _prepared(folder, config, source)
+    tokenizer = tokenizer_for(
+        config.tokenizer, source, val_source, config.data.val_fraction, listen, kept=kept_tokenizer
+    )
     listen("info", 0, {"text": f"preparing {source.name} into {folder}"})
 
     def progress(done: int, total: int) -> None:
@@ -65,6 +66,12 @@ def corpus(
     return _prepared(folder, config)
 
 
+def _sources(config: Config) -> tuple[Source, Source | None]:
+    d = config.data
+    val_source = None if d.val_source is None else open_source(d.val_source, text_field=d.text_field)
+    return open_source(d.source, text_field=d.text_field), val_source
+
+
 def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
@@ -81,9 +88,16 @@ def data_folder(config: Config, source: Source, val_source: Source | None = None
 
 
 def tokenizer_for(
-    asked: TokenizerConfig, source: Source, config: Config, listen: Listener, *, kept: Path | None = None
+    asked: TokenizerConfig,
+    source: Source,
+    val_source: Source | None,
+    val_fraction: float,
+    listen: Listener,
+    *,
+    kept: Path | None = None,
 ) -> Tokenizer:
-    """The tokenizer that `asked` names; chars and bpe are trained on the training part of `source`."""
+    """The tokenizer that `asked` names. bpe is trained on the training part of the text; chars holds every character
+    of all of it, as in nanoGPT, since it could not write one that only validation has."""
     if asked.name not in TRAINED:
         return open_tokenizer(asked.name, files=asked.files)
     if kept is not None and kept.exists():
@@ -91,9 +105,11 @@ def tokenizer_for(
     from regpt.tokenizers.bpe import train_bpe
     from regpt.tokenizers.chars import train_chars
 
-    texts = training_texts(source, config.data.val_fraction)
     if asked.name == "chars":
-        return train_chars(texts)
+        return train_chars(
+            itertools.chain.from_iterable(training_texts(s, 0) for s in (source, val_source) if s)
+        )
+    texts = training_texts(source, 0 if val_source else val_fraction)
     listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
 
     def progress(chars: int) -> None:
@@ -110,7 +126,7 @@ def known_corpus(config: Config) -> tuple[int, Shards | None]:
         if config.data.source and (path / MANIFEST).exists():
             shards = _prepared(path, config)[1]
             return shards.manifest.tokenizer.vocab_size, shards
-        folder = data_folder(config, open_source(config.data.source, text_field=config.data.text_field))
+        folder = data_folder(config, *_sources(config))
         if (folder / MANIFEST).exists():
             shards = _prepared(folder, config)[1]
             return shards.manifest.tokenizer.vocab_size, shards
@@ -122,9 +138,15 @@ def known_corpus(config: Config) -> tuple[int, Shards | None]:
     return open_tokenizer(config.tokenizer.name, files=config.tokenizer.files).vocab_size, None
 
 
-def _prepared(folder: Path, config: Config) -> tuple[Tokenizer, Shards]:
-    """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer."""
+def _prepared(folder: Path, config: Config, source: Source | None = None) -> tuple[Tokenizer, Shards]:
+    """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer or text."""
     shards = Shards.open(folder)
+    if source is not None and shards.manifest.source.fingerprint != source.fingerprint:
+        raise DataError(
+            f"{folder} was made from {shards.manifest.source.spec}, or from an earlier state of it.",
+            expected=f"shards of {source.spec} as it is now",
+            hint="another --data.dir, or none",
+        )
     tokenizer = load_tokenizer(folder / "tokenizer")
     has, asks = shards.manifest.tokenizer, config.tokenizer.name
     other = asks not in ("gpt2", "bytes", *TRAINED)  # a folder

@@ -146,15 +146,7 @@ def eval_batches(split: TokenSplit, block_size: int, rows: int) -> Iterator[tupl
 
     Yields:
         x, y: (at most rows, block_size) int64; behind the split's end x is 0 and y is IGNORE.
-
-    Raises:
-        ConfigError: the split has fewer than block_size + 1 ids.
     """
-    _check_length(split, block_size)
-    return _eval_batches(split, block_size, rows)
-
-
-def _eval_batches(split: TokenSplit, block_size: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     targets = split.n_tokens - 1
     for start in range(0, targets, rows * block_size):
         n = min(rows * block_size, targets - start)
@@ -170,6 +162,5 @@ def _check_length(split: TokenSplit, block_size: int) -> None:
         raise ConfigError(
             f"model.block_size={block_size} needs at least {block_size + 1} tokens, "
             f"the {split.name} split has {split.n_tokens}.",
-            hint=f"--model.block-size {max(split.n_tokens - 1, 1)} or smaller, or more text"
-            + (", or a larger --data.val-fraction" if split.name == "val" else ""),
+            hint=f"--model.block-size {max(split.n_tokens - 1, 1)} or smaller, or more text",
         )

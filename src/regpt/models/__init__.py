@@ -32,9 +32,7 @@ class KVLayers(Protocol):
     def length(self) -> int:
         """Positions already stored. New ones stand at length, length + 1, …"""
 
-    def update(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, H, T, D) at `length` and return all (B, H, S, D), S = length + T. Does not move `length`."""
 
     def advance(self, positions: int) -> None:

@@ -175,6 +175,9 @@ class GPT2(nn.Module):
         if targets is None:
             return logits
         loss = F.cross_entropy(
-            logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORE, reduction=reduction
+            logits.float().view(-1, logits.shape[-1]),
+            targets.reshape(-1),
+            ignore_index=IGNORE,
+            reduction=reduction,
         )
         return loss.view_as(targets) if reduction == "none" else loss

@@ -45,7 +45,11 @@ def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.opti
     decayed = decayed_names(model, config.decay)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [(n, p) for n, p in trainable if (n in decayed) == wanted], "weight_decay": rate, "name": label}
+        {
+            "params": [(n, p) for n, p in trainable if (n in decayed) == wanted],
+            "weight_decay": rate,
+            "name": label,
+        }
         for label, wanted, rate in (("decay", True, config.weight_decay), ("no_decay", False, 0.0))
     ]
     return torch.optim.AdamW(
@@ -57,7 +61,9 @@ def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.opti
     )
 
 
-def named_state(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
+def named_state(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
     """(parameter name, parameter, its optimizer state) in a stable order; the state is empty before the first step."""
     for group in optimizer.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
@@ -79,4 +85,6 @@ def check_adamw(config: OptimConfig) -> None:
         if not value >= 0.0:
             raise ConfigError(f"optim.{name} must not be negative.", got=value)
     if config.clip_norm is not None and not config.clip_norm > 0.0:
-        raise ConfigError("optim.clip_norm must be above 0.", got=config.clip_norm, hint="--optim.clip-norm none")
+        raise ConfigError(
+            "optim.clip_norm must be above 0.", got=config.clip_norm, hint="--optim.clip-norm none"
+        )

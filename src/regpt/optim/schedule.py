@@ -44,7 +44,9 @@ def check_schedule(config: OptimConfig, total_steps: int) -> None:
     if config.warmup_steps < 0:
         raise ConfigError("optim.warmup_steps must not be negative.", got=config.warmup_steps)
     if config.decay_steps is not None and config.decay_steps < 1:
-        raise ConfigError("optim.decay_steps must be at least 1.", got=config.decay_steps, hint="none: train.steps")
+        raise ConfigError(
+            "optim.decay_steps must be at least 1.", got=config.decay_steps, hint="none: train.steps"
+        )
     if config.warmup_steps >= total_steps > 0 and config.warmup_steps:
         raise ConfigError(
             f"optim.warmup_steps={config.warmup_steps} does not end before train.steps={total_steps}: the run would"

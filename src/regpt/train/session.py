@@ -70,7 +70,9 @@ def train(
     if not fresh:
         _check_same_run(run, config, listen)
     tokenizer, shards = corpus(config, listen, kept_tokenizer=None if fresh else run.tokenizer)
-    tokenizer.encode(config.sample.prompt)  # raises now, not at the first sample, where the text has other characters
+    tokenizer.encode(
+        config.sample.prompt
+    )  # raises now, not at the first sample, where the text has other characters
     loader = Loader(
         shards.split("train"),
         block_size=config.model.block_size,
