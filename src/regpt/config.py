@@ -132,7 +132,7 @@ class EvalConfig:
     every: int | None = 250
     """Steps between evaluations; the last step is always evaluated. None: only at the end."""
     micro_rows: int | None = None
-    """Rows in one forward pass. None: as many as the training micro-batch, at least 16,384 tokens."""
+    """Rows in one forward pass. None: as many as the training micro-batch, or more where that is small."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,10 @@ from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
 from regpt.train.track import Tracker
 
-EVAL_TOKENS = 16_384  # evaluation has no gradients to keep, so its passes may be at least this large
+EVAL_TOKENS = 16_384  # small micro-batches are evaluated in passes up to this size,
+EVAL_LOGITS = (
+    1 << 22
+)  # and with at most so many logits, so that evaluating needs no more memory than training
 COUNTERS = (
     "step",
     "seconds",
@@ -105,9 +108,8 @@ class Trainer:
         )
         self.loader = loader
         self.val_split = val_split
-        self.eval_rows = config.eval.micro_rows or max(
-            plan.micro_rows, EVAL_TOKENS // config.model.block_size, 1
-        )
+        tokens = min(EVAL_TOKENS, EVAL_LOGITS // plan.padded_vocab_size)
+        self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
         self.saved_step: int | None = None
         if plan.compile:

@@ -7,13 +7,15 @@ slow begins, and alone by `regpt plan`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from regpt.config import Config
 from regpt.errors import ConfigError
 from regpt.models import pad_vocab
-from regpt.models.count import Memory, count_parameters, flops_per_token, memory_estimate
+from regpt.models.count import count_parameters, flops_per_token
 from regpt.models.gpt2 import check_shape
+from regpt.models.memory import Memory, memory_estimate
 from regpt.optim.groups import check_adamw
 from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine, choose_dtype
@@ -81,7 +83,12 @@ def make_plan(
 
     def memory(micro_rows: int) -> Memory:
         return memory_estimate(
-            config.model, vocab_size, micro_rows=micro_rows, dtype=dtype, device_type=machine.kind
+            config.model,
+            vocab_size,
+            micro_rows=micro_rows,
+            dtype=dtype,
+            device_type=machine.kind,
+            n_micro=rows // world // micro_rows,
         )
 
     micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
@@ -157,9 +164,8 @@ def _batch_rows(config: Config, world: int) -> int:
     return config.train.batch_tokens // T
 
 
-def _largest_that_fits(rows: int, T: int, machine: Machine, memory: object) -> int:
+def _largest_that_fits(rows: int, T: int, machine: Machine, memory: Callable[[int], Memory]) -> int:
     """The largest divisor of `rows` whose planned memory fits the device."""
-    assert callable(memory)
     budget = machine.memory_bytes * MEMORY_SHARE
     divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
     if machine.kind == "cpu":
