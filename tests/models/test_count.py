@@ -62,7 +62,9 @@ def test_count_equals_the_built_model(seed: int) -> None:
     assert counted.padding == (built.padded_vocab_size - vocab) * config.n_embd
     assert counted.total == total - counted.padding
     assert counted.embedding == built.wte.weight[:vocab].numel() + built.wpe.weight.numel()
-    assert counted.non_embedding == sum(p.numel() for part in (built.h, built.ln_f) for p in part.parameters())
+    assert counted.non_embedding == sum(
+        p.numel() for part in (built.h, built.ln_f) for p in part.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -97,14 +99,14 @@ def test_flops_follow_the_context_that_a_token_attends_to() -> None:
 
 
 def test_flops_equal_those_that_pytorch_counts() -> None:
-    """Forward and backward of the built model. What is counted beyond: biases and norms, 0.7 % in this shape."""
+    """Forward and backward of the built model. What is counted beyond: norms, 0.13 % in this shape."""
     config = ModelConfig(n_layer=2, n_head=2, n_embd=128, block_size=64, bias=False)
     model = GPT2(config, 512)
     ids = torch.randint(0, 512, (2, 64))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids).backward()
     counted = counter.get_total_flops() / ids.numel()
-    assert flops_per_token(config, 512) == pytest.approx(counted, rel=0.01)
+    assert flops_per_token(config, 512) == pytest.approx(counted, rel=0.002)
 
 
 def test_counting_needs_no_torch() -> None:

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from regpt.config import ModelConfig
-from regpt.models.gpt2 import IGNORE, GPT2
+from regpt.models.gpt2 import GPT2, IGNORE
 
 hf = pytest.importorskip("transformers")
+
+LOGITS = 1e-5  # measured over ten seeds: 3.4e-6 at most
+GRADIENTS = 1e-6  # of the largest in a tensor, if that is above 1; measured: 1.6e-7
+LOSS = 1e-6  # relative; measured: 2e-7
 
 # (layers, heads, channels, context, vocabulary, biases): odd vocabularies, one head, three heads, one position
 SHAPES = [
@@ -76,7 +80,7 @@ def test_logits_are_equal(shape: tuple[int, int, int, int, int, bool]) -> None:
     ids, vocab = tokens(shape), shape[4]
     with torch.no_grad():
         expected = theirs(ids).logits
-        assert expected.std() > 0.3, "weights too small to tell anything"
+        assert expected.std() > 0.2, "weights too small to tell anything"
         torch.testing.assert_close(ours(ids)[..., :vocab], expected, rtol=0.0, atol=LOGITS)
         expected = theirs.double()(ids).logits
         torch.testing.assert_close(ours.double()(ids)[..., :vocab], expected, rtol=0.0, atol=1e-12)
@@ -90,7 +94,7 @@ def test_loss_and_gradients_are_equal(shape: tuple[int, int, int, int, int, bool
     ignored = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 1 / 3
     expected = theirs(ids, labels=ids.masked_fill(ignored, -100)).loss
     loss = ours(ids[:, :-1], ids.masked_fill(ignored, IGNORE)[:, 1:])
-    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(loss, expected, rtol=LOSS, atol=0.0)
 
     loss.backward()
     expected.backward()
@@ -113,7 +117,3 @@ def test_every_hugging_face_parameter_has_ours() -> None:
     """And nothing more: names are theirs, without the prefix, the head being the token embedding."""
     ours, theirs = pair((2, 2, 8, 8, 65, True), seed=0)
     assert list(ours.state_dict()) == [name for name, _ in theirs.transformer.named_parameters()]
-
-
-# Measured over SHAPES and ten seeds: logits differ by at most 4e-6, gradients by 2e-6.
-LOGITS, GRADIENTS = 1e-5, 5e-6

@@ -232,9 +232,7 @@ class _Context:
             if self.cache is not None:
                 self.cache.clear()
         seen = self.start + (self.cache.length if self.cache is not None else 0)
-        ids = torch.tensor(
-            [row[seen:] for row in rows], device=self.device
-        )  # (B, T), T = 1 once the cache is filled
+        ids = torch.tensor([row[seen:] for row in rows], device=self.device)  # (B, T); T = 1 after the prompt
         # Entered for each token: around a `yield` both modes would leak into the caller's code.
         with _evaluating(self.model), torch.inference_mode():
             hidden = self.model.hidden(ids, self.cache)
