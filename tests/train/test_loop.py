@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from regpt.data.loader import Loader
-from regpt.optim.schedule import learning_rate
 
 from regpt.config import (
     Config,
@@ -29,9 +27,11 @@ from regpt.config import (
     TrainConfig,
 )
 from regpt.data.corpus import corpus
-from regpt.errors import CheckpointError, ConfigError, Interrupted, TrainingDiverged
+from regpt.data.loader import Loader
+from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
-from regpt.train import loop, session
+from regpt.optim.schedule import learning_rate
+from regpt.train import checkpoint, loop, session
 from regpt.train.load import load_model
 from regpt.train.loop import Trainer
 
@@ -136,7 +136,7 @@ def test_accumulation_changes_nothing_but_rounding(config: Config) -> None:
     assert a == pytest.approx(b, abs=2e-5)
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 8, 11])
+@pytest.mark.parametrize("after", [0, 1, 5, 8, 11, 12])
 def test_a_stopped_run_ends_as_an_unstopped_one(
     config: Config, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,13 +158,17 @@ def test_a_stopped_run_ends_as_an_unstopped_one(
             session.train(config, "parts")
     assert stopped.value.exit_status == 143
     assert str(stopped.value) == (
-        f"stopped by SIGTERM after step {after}; everything is saved.\n  try: the same command continues"
+        f"stopped by SIGTERM after step {after}; everything is saved.\n"
+        "  try: the same command continues (without --fresh)"
     )
     heard: list[str] = []
     session.train(config, "parts", listen=lambda event, step, values: heard.append(f"{event} {step}"))
     assert f"resume {after}" in heard
     assert weights("parts") == weights("whole")
     assert losses("parts") == losses("whole")
+    assert load_model(Path("parts")).step == load_model(Path("whole")).step
+    session.train(config, "parts")  # a third call finds nothing left to do
+    assert [e["step"] for e in log("parts", "eval")] == [4, 8, 12]
     assert [e["val_loss_hex"] for e in log("parts", "eval")] == [
         e["val_loss_hex"] for e in log("whole", "eval")
     ]
@@ -286,11 +290,117 @@ def test_a_half_deleted_run_is_refused(config: Config) -> None:
         session.train(config, "run")
 
 
-def test_changed_text_is_refused(config: Config) -> None:
+def test_changed_text_is_refused_before_it_is_prepared(config: Config) -> None:
+    """And --fresh then learns the tokenizer of the new text, not the old run's."""
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(name="chars"))
     session.train(config, "run")
-    Path("text.txt").write_text(TEXT.replace("ducks", "geese"), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="the text changed since"):
+    Path("text.txt").write_text(TEXT.replace("ducks", "GEESE"), encoding="utf-8")
+    before = list(Path("data").iterdir())
+    with pytest.raises(CheckpointError, match="the text changed since the run in run was begun: source"):
         session.train(config, "run")
+    assert list(Path("data").iterdir()) == before
+    session.train(config, "run", fresh=True)
+    assert load_model(Path("run")).tokenizer.encode("GEESE")
+
+
+def test_samples_keep_their_own_rhythm(config: Config) -> None:
+    session.train(dataclasses.replace(config, sample=SampleConfig(tokens=4, every=5)), "run")
+    lines = [json.loads(line) for line in Path("run/samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+
+
+def test_no_clipping_equals_a_limit_never_reached(config: Config) -> None:
+    session.train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=None)), "a")
+    session.train(dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip_norm=1e9)), "b")
+    assert weights("a") == weights("b")
+
+
+def test_out_of_memory_names_the_knob(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Trainer) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(DeviceError, match="ran out of memory") as e:
+        session.train(config, "run")
+    assert e.value.hint == "--train.micro-rows 4 (the batch stays as it is)"
+
+
+def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A periodic save that fails is said; training goes on and the next one succeeds."""
+    original, failed = checkpoint.save_checkpoint, []
+
+    def save(folder: Path, *, step: int, **kwargs: Any) -> Path:
+        if step == 4:
+            failed.append(step)
+            raise checkpoint.SaveFailed("no space for it.", folder, no_space=True)
+        return original(folder, step=step, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    notes: list[str] = []
+    result = session.train(
+        config, "run", listen=lambda e, s, v: notes.append(v["text"]) if e == "note" else None
+    )
+    assert (failed, result.step) == ([4], 12)
+    assert notes == [
+        "no space for it.\n"
+        "  try: free some space on the disk of run/checkpoints; older checkpoints are untouched\n"
+        "  training goes on; the next save will try again."
+    ]
+
+
+def test_what_breaks_exactness_is_said_on_resume(config: Config) -> None:
+    session.train(config, "run")
+    train = dataclasses.replace(config.train, steps=14, micro_rows=2)
+    notes: list[str] = []
+    session.train(
+        dataclasses.replace(config, train=train),
+        "run",
+        listen=lambda e, s, v: notes.append(v["text"]) if e == "note" else None,
+    )
+    assert notes == ["micro_rows changed since this run was begun: it goes on, but not to the same bits."]
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 0.5])
+def test_float16_overflow_is_said_and_lasting_overflow_ends_the_run(
+    config: Config, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaler that always finds an overflow: each is said; below a scale of 1 it is divergence."""
+
+    class Overflowing:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.now = scale * 2
+
+        def get_scale(self) -> float:
+            return self.now
+
+        def update(self) -> None:
+            self.now /= 2
+
+        def scale(self, loss: torch.Tensor) -> torch.Tensor:
+            return loss
+
+        def is_enabled(self) -> bool:
+            return True
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def unscale_(self, optimizer: Any) -> None: ...
+
+        def step(self, optimizer: Any) -> None: ...
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Overflowing)
+    notes: list[str] = []
+
+    def run() -> None:
+        session.train(config, "run", listen=lambda e, s, v: notes.append(v["text"]) if e == "note" else None)
+
+    if scale < 1:
+        with pytest.raises(TrainingDiverged, match=r"at every scale down to 0\.5, at step 0"):
+            run()
+    else:
+        run()
+        assert notes[0] == "float16 overflowed at step 0; the update was left out." and len(notes) == 12
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     config = args.config
     machine = probe(config.train.device, config.train.threads)
-    vocab_size, shards = known_corpus(config)
+    vocab_size, sure, shards = known_corpus(config)
     plan = make_plan(
         config,
         machine,
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
     )
     values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
+    if not sure:
+        text += f"\nguessed   a vocabulary of {vocab_size}, until the text is prepared"
     if args.price is not None and plan.time_s is not None:
         values["cost"] = cost = args.price * plan.time_s / 3600
         text += f"\ncost      {cost:,.2f} at {args.price:g} an hour"

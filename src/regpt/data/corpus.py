@@ -11,12 +11,13 @@ from typing import Any
 
 from regpt.config import Config, TokenizerConfig
 from regpt.data.prepare import prepare, training_texts
-from regpt.data.shards import MANIFEST, Shards
-from regpt.data.sources import Source, open_source
+from regpt.data.shards import MANIFEST, TOKENIZER, Shards
+from regpt.data.sources import Source, is_remote, open_source
 from regpt.errors import ConfigError, DataError
-from regpt.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from regpt.tokenizers import KINDS, Tokenizer, load_tokenizer, open_tokenizer
 
 Listener = Callable[[str, int, dict[str, Any]], None]
+"""Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
 TRAINED = ("chars", "bpe")
 """Tokenizers that are made from the text itself."""
 GUESSED_CHARACTERS = 96  # printable ASCII and the line end: what a plan assumes before the text was seen
@@ -44,7 +45,7 @@ def corpus(
     source, val_source = _sources(config)
     folder = data_folder(config, source, val_source)
     if (folder / MANIFEST).exists():
-        return _prepared(folder, config, source)
+        return _prepared(folder, config, source, val_source)
     tokenizer = tokenizer_for(
         config.tokenizer, source, val_source, config.data.val_fraction, listen, kept=kept_tokenizer
     )
@@ -72,19 +73,33 @@ def _sources(config: Config) -> tuple[Source, Source | None]:
     return open_source(d.source, text_field=d.text_field), val_source
 
 
+def text_identity(config: Config) -> dict[str, Any]:
+    """What decides the text of a run and its split, without reading all of it: equal identity, equal text."""
+    folder = Path(config.data.source).expanduser()
+    if (folder / MANIFEST).exists():
+        return {"shards": Shards.open(folder).manifest.fingerprint}
+    source, val_source = _sources(config)
+    return {
+        "source": source.fingerprint,
+        "val_source": val_source.fingerprint if val_source else None,
+        "val_fraction": config.data.val_fraction,
+    }
+
+
 def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
         return Path(config.data.dir).expanduser()
+    name = config.tokenizer.name
     asked = {
         "source": source.fingerprint,
         "val_source": val_source.fingerprint if val_source else None,
         "val_fraction": config.data.val_fraction,
-        "tokenizer": config.tokenizer.name,
-        "vocab_size": config.tokenizer.vocab_size if config.tokenizer.name == "bpe" else None,
+        "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
+        "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("data") / f"{source.name}-{Path(config.tokenizer.name).name}-{key}"
+    return Path("data") / f"{source.name}-{Path(name).name}-{key}"
 
 
 def tokenizer_for(
@@ -119,39 +134,58 @@ def tokenizer_for(
     return train_bpe(texts, asked.vocab_size, progress=progress)
 
 
-def known_corpus(config: Config) -> tuple[int, Shards | None]:
-    """The vocabulary size, and the shards where they are prepared already; touches and downloads nothing."""
-    path = Path(config.data.source).expanduser()
-    try:
-        if config.data.source and (path / MANIFEST).exists():
-            shards = _prepared(path, config)[1]
-            return shards.manifest.tokenizer.vocab_size, shards
-        folder = data_folder(config, *_sources(config))
-        if (folder / MANIFEST).exists():
-            shards = _prepared(folder, config)[1]
-            return shards.manifest.tokenizer.vocab_size, shards
-    except DataError:
-        pass  # not on this machine yet; a plan does not need it
+def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
+    """The vocabulary size, whether it is sure, and the shards where they are prepared already.
+
+    Touches and downloads nothing. What the text has to say (how many characters) is guessed until it is prepared.
+    """
     sizes = {"gpt2": 50257, "bytes": 257, "bpe": config.tokenizer.vocab_size, "chars": GUESSED_CHARACTERS + 1}
-    if config.tokenizer.name in sizes:
-        return sizes[config.tokenizer.name], None
-    return open_tokenizer(config.tokenizer.name, files=config.tokenizer.files).vocab_size, None
+    name = config.tokenizer.name
+    shards = _found(config)
+    if shards is not None:
+        return shards.manifest.tokenizer.vocab_size, True, shards
+    if name in sizes:
+        return sizes[name], name != "chars", None
+    return open_tokenizer(name, files=config.tokenizer.files).vocab_size, True, None
 
 
-def _prepared(folder: Path, config: Config, source: Source | None = None) -> tuple[Tokenizer, Shards]:
+def _found(config: Config) -> Shards | None:
+    """The shards of `config` if they lie here."""
+    folder = Path(config.data.source).expanduser()
+    if not config.data.source or is_remote(config.data.source):
+        return None
+    if (folder / MANIFEST).exists():
+        return _prepared(folder, config)[1]
+    try:
+        folder = data_folder(config, *_sources(config))
+    except DataError:
+        return None  # the text is not on this machine; a plan does not need it
+    return _prepared(folder, config)[1] if (folder / MANIFEST).exists() else None
+
+
+def _prepared(
+    folder: Path, config: Config, source: Source | None = None, val_source: Source | None = None
+) -> tuple[Tokenizer, Shards]:
     """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer or text."""
     shards = Shards.open(folder)
-    if source is not None and shards.manifest.source.fingerprint != source.fingerprint:
-        raise DataError(
-            f"{folder} was made from {shards.manifest.source.spec}, or from an earlier state of it.",
-            expected=f"shards of {source.spec} as it is now",
-            hint="another --data.dir, or none",
-        )
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    has, asks = shards.manifest.tokenizer, config.tokenizer.name
-    other = asks not in ("gpt2", "bytes", *TRAINED)  # a folder
-    wanted = open_tokenizer(asks).fingerprint if other else None
-    if (wanted or asks) != (has.fingerprint if other else has.kind):
+    manifest = shards.manifest
+    if source is not None:
+        asked = {
+            "source": source.fingerprint,
+            "val_source": val_source.fingerprint if val_source else None,
+            "val_fraction": config.data.val_fraction,
+        }
+        other = [name for name, value in asked.items() if manifest.request.get(name) != value]
+        if other:
+            raise DataError(
+                f"{folder} was made from {manifest.source.spec} by another request; different: {', '.join(other)}.",
+                expected=f"shards of {source.spec} as it is now",
+                hint="another --data.dir, or none",
+            )
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    has, asks = manifest.tokenizer, config.tokenizer.name
+    wanted = asks if asks in KINDS else open_tokenizer(asks).fingerprint
+    if wanted != (has.kind if asks in KINDS else has.fingerprint):
         raise DataError(
             f"{folder} was written with tokenizer {has.kind} ({has.fingerprint[:8]}), this run asks for {asks}.",
             hint=f"--tokenizer.name {has.kind}, or other shards: regpt prepare … --tokenizer {asks}",

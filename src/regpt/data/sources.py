@@ -240,6 +240,7 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
         raise DataError(
             f"there is no file, folder or named set {spec!r}.{did_you_mean(spec, NAMED_SETS)}",
             expected=f"a text, JSONL or parquet file, a folder, a glob, or one of {', '.join(NAMED_SETS)}",
+            hint="--data.source FILE (of `regpt prepare`: the first argument)",
         )
     if not files:
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
@@ -315,6 +316,12 @@ def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[P
         skipped["hidden"] += sum(n.startswith(".") for n in folders + files)
         folders[:] = [n for n in folders if not n.startswith(".") and n not in without]
         yield from (p for n in files if not n.startswith(".") and (p := Path(here, n)).is_file())
+
+
+def is_remote(spec: str) -> bool:
+    """Whether `open_source` would have to download."""
+    path = cache_folder() / "tinyshakespeare.txt"
+    return spec == "shakespeare" and not Path(spec).exists() and not path.exists()
 
 
 def _shakespeare() -> Path:

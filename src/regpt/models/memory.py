@@ -22,7 +22,9 @@ LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
 CPU_SEVERAL_PASSES = {"float32": (1.84, 2.60), "bfloat16": (1.60, 2.30), "float16": (1.60, 2.30)}
-CPU_GRADIENTS = 1.6  # of a model larger than its activations; the room they leave is not all in the right places
+CPU_GRADIENTS = (
+    1.6  # of a model larger than its activations; the room they leave is not all in the right places
+)
 
 
 @dataclass(frozen=True, kw_only=True)

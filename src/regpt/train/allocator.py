@@ -23,4 +23,5 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError, ValueError):  # no confstr, no such name, no mallopt
         return False
-    return all([mallopt(name, LARGEST) == 1 for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)])
+    taken = [mallopt(name, LARGEST) for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)]
+    return all(answer == 1 for answer in taken)

@@ -7,10 +7,11 @@ functions of the seed and the step, so the step is all the state that they have.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from regpt.config import Config
+from regpt.data.corpus import Listener
 from regpt.data.loader import Loader
 from regpt.data.shards import TokenSplit
-from regpt.errors import CheckpointError, Interrupted, TrainingDiverged
+from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
-from regpt.infer.engine import SamplingSettings, complete
+from regpt.infer.engine import Piece, collect, generate
+from regpt.infer.settings import SamplingSettings
 from regpt.models import LanguageModel
 from regpt.optim.groups import adamw
 from regpt.optim.schedule import learning_rate
@@ -38,19 +41,7 @@ EVAL_TOKENS = 16_384  # small micro-batches are evaluated in passes up to this s
 EVAL_LOGITS = (
     1 << 22
 )  # and with at most so many logits, so that evaluating needs no more memory than training
-COUNTERS = (
-    "step",
-    "seconds",
-    "evaluated_step",
-    "val_loss",
-    "val_bits_per_byte",
-    "best_step",
-    "best_val_loss",
-)
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
-
-Listener = Callable[[str, int, dict[str, Any]], None]
-"""Hears (event, step, values): step, eval, sample, save and note."""
 
 
 @dataclass(kw_only=True)
@@ -65,10 +56,14 @@ class TrainState:
     seconds: float = 0.0
     """Time spent in training steps, over all sittings."""
     evaluated_step: int | None = None
+    sampled_step: int | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     best_step: int | None = None
     best_val_loss: float | None = None
+
+
+COUNTERS = [f.name for f in dataclasses.fields(TrainState) if f.name not in ("model", "optimizer", "scaler")]
 
 
 class Trainer:
@@ -112,6 +107,12 @@ class Trainer:
         self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
         self.saved_step: int | None = None
+        self.sampling = SamplingSettings(
+            max_new_tokens=max(config.sample.tokens, 1),
+            temperature=config.sample.temperature,
+            top_k=config.sample.top_k,
+            seed=config.seed,
+        )
         if plan.compile:
             self.compute_loss = self._compiled(model)
 
@@ -128,11 +129,14 @@ class Trainer:
         s.model.train()
         try:
             while True:
-                last = s.step >= total
+                last, news = s.step >= total, False
                 if s.evaluated_step != s.step and (last or _due(s.step, self.config.eval.every)):
                     self.evaluate()
-                    self.sample_if_due(last)
-                if s.step != self.saved_step and self._save_due(last):
+                    news = True
+                if s.sampled_step != s.step and self._sample_due(last):
+                    self.sample()
+                    news = True
+                if self._save_due(last) and (news or s.step != self.saved_step):
                     self.save(required=last)
                 if last:
                     return
@@ -143,7 +147,7 @@ class Trainer:
             raise Interrupted(
                 f"stopped by {self.stop.name} after step {s.step}; everything is saved.",
                 signum=self.stop.signum or 2,
-                hint="the same command continues",
+                hint="the same command continues (without --fresh)",
             ) from None
 
     def train_step(self) -> None:
@@ -165,9 +169,7 @@ class Trainer:
         s.scaler.unscale_(s.optimizer)
         norm = nn.utils.clip_grad_norm_(s.model.parameters(), config.optim.clip_norm or math.inf)
         self.check_finite(float(loss), float(norm))
-        s.scaler.step(s.optimizer)
-        s.scaler.update()
-        s.optimizer.zero_grad(set_to_none=True)
+        self.update()
         s.step += 1
         s.seconds += (took := time.perf_counter() - began)
         if s.step == 1:
@@ -213,19 +215,35 @@ class Trainer:
             },
         )
 
-    def sample_if_due(self, last: bool) -> None:
+    def sample(self) -> None:
         """A short text from the weights as they are."""
-        s, config = self.state, self.config.sample
-        if not config.tokens or not (last or config.every is None or _due(s.step, config.every)):
-            return
-        settings = SamplingSettings(
-            max_new_tokens=config.tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=self.config.seed,
-        )
-        done = complete(cast(Any, s.model), self.tokenizer, config.prompt, settings)[0]
-        self.say("sample", s.step, {"prompt": config.prompt, "text": done.text})
+        s, prompt = self.state, self.config.sample.prompt
+
+        def polled() -> Iterator[Piece]:
+            for piece in generate(cast(LanguageModel, s.model), self.tokenizer, prompt, self.sampling):
+                self.poll()
+                yield piece
+
+        text = collect(polled(), self.tokenizer.eot_id)[0].text
+        s.sampled_step = s.step
+        self.say("sample", s.step, {"prompt": prompt, "text": text})
+
+    def update(self) -> None:
+        """Apply the gradients. In float16 an overflow skips the update and halves the scale; too many mean the end."""
+        s = self.state
+        scale = s.scaler.get_scale()
+        s.scaler.step(s.optimizer)
+        s.scaler.update()
+        s.optimizer.zero_grad(set_to_none=True)
+        if s.scaler.get_scale() < scale:
+            self.say(
+                "note", s.step, {"text": f"float16 overflowed at step {s.step}; the update was left out."}
+            )
+            if s.scaler.get_scale() < 1:
+                raise TrainingDiverged(
+                    f"gradients overflow float16 at every scale down to {s.scaler.get_scale():g}, at step {s.step}.",
+                    hint="a lower --optim.lr, or --train.dtype float32",
+                )
 
     # --- what keeps it safe ------------------------------------------------------------------------------------------
 
@@ -266,7 +284,7 @@ class Trainer:
             )
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Dropout's masks depend on the seed, the step and the place in the global batch, and on nothing else."""
+        """Dropout's masks depend on the seed, the step, and which rows of the global batch the micro-batch holds."""
         if self.config.model.dropout:
             row = micro * self.plan.micro_rows
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
@@ -314,7 +332,8 @@ class Trainer:
                 hint="train in another --out, or --fresh",
             )
         named.load_optimizer(s.model, s.optimizer, optimizer, found.state["optimizer_scalars"])
-        s.scaler.load_state_dict(found.state["scaler"])
+        if found.state["scaler"]:  # empty where the run was not in float16 so far
+            s.scaler.load_state_dict(found.state["scaler"])
         for name in COUNTERS:
             setattr(s, name, found.state[name])
         self.saved_step = s.step
@@ -345,6 +364,11 @@ class Trainer:
             return x.pin_memory().to(self.machine.device, non_blocking=True)
         return x.to(self.machine.device)
 
+    def _sample_due(self, last: bool) -> bool:
+        s, config = self.state, self.config.sample
+        at_eval = config.every is None and s.step > 0 and s.evaluated_step == s.step
+        return bool(config.tokens) and (last or at_eval or _due(s.step, config.every))
+
     def _save_due(self, last: bool) -> bool:
         s, every = self.state, self.config.save.every
         at_eval = s.evaluated_step == s.step and (every is None or s.best_step == s.step)
@@ -362,25 +386,35 @@ class Trainer:
             "time_s": s.seconds,
             "memory_bytes": peak_memory_bytes(self.machine),
         }
-        if self.machine.peak_flops:
+        if self.machine.peak_flops and plan.dtype != "float32":  # the data sheet's figure is for 16 bits
             numbers["mfu"] = per_second * plan.flops_per_token / self.machine.peak_flops
         return numbers
 
     def _compiled(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The compiled loss; with compile=auto a failure is said once and training goes on without."""
-        compiled = torch.compile(model, dynamic=False)
-        if self.config.train.compile == "on":
-            return compiled
+
+        def failed(e: Exception) -> None:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            if self.config.train.compile == "on":
+                raise DeviceError(f"torch.compile failed: {reason}", hint="--train.compile off") from e
+            self.say(
+                "note", self.state.step, {"text": f"torch.compile failed, going on without it: {reason}"}
+            )
+            self.compute_loss = model
+
+        try:
+            compiled = torch.compile(model, dynamic=False)
+        except RuntimeError as e:  # this Python or platform has none
+            failed(e)
+            return model
 
         def attempt(x: Tensor, y: Tensor) -> Tensor:
+            state = torch.get_rng_state()
             try:
                 return cast(Tensor, compiled(x, y))
             except torch._dynamo.exc.TorchDynamoException as e:
-                reason = str(e).strip().splitlines()[0]
-                self.say(
-                    "note", self.state.step, {"text": f"torch.compile failed, going on without it: {reason}"}
-                )
-                self.compute_loss = model
+                failed(e)
+                torch.set_rng_state(state)  # dropout as it would have been
                 return cast(Tensor, model(x, y))
 
         return attempt

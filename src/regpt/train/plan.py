@@ -7,6 +7,7 @@ slow begins, and alone by `regpt plan`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def make_plan(
     micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
     per_token = flops_per_token(config.model, vocab_size)
     total_tokens = config.train.steps * config.train.batch_tokens
-    rate = machine.peak_flops or flops_rate
+    rate = machine.peak_flops if machine.peak_flops and dtype != "float32" else flops_rate
     efficiency = EFFICIENCY.get((machine.kind, dtype), EFFICIENCY_ELSEWHERE)
     return Plan(
         device=machine.device,
@@ -128,6 +129,7 @@ def _check(config: Config) -> None:
         "save.every": config.save.every,
         "save.keep": config.save.keep,
         "sample.every": config.sample.every,
+        "sample.top_k": config.sample.top_k,
         "track.log_every": config.track.log_every,
     }
     for name, value in positive.items():
@@ -142,6 +144,8 @@ def _check(config: Config) -> None:
         raise ConfigError("data.val_fraction must lie in [0, 1).", got=config.data.val_fraction)
     if config.sample.tokens < 0:
         raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
+    if not 0 <= config.sample.temperature < math.inf:
+        raise ConfigError("sample.temperature must be 0 (greedy) or more.", got=config.sample.temperature)
     if not 0 <= config.seed < 2**63:
         raise ConfigError("seed must lie in [0, 2^63).", got=config.seed)
 

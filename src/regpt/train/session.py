@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from regpt.config import Config, build, differences, to_dict
-from regpt.data.corpus import corpus
+from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
-from regpt.errors import CheckpointError
+from regpt.errors import CheckpointError, DeviceError
 from regpt.models.gpt2 import GPT2
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
@@ -27,13 +27,10 @@ from regpt.train.machine import Machine, choose_dtype, measure_flops, probe
 from regpt.train.plan import Plan, as_dict, make_plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import make_trackers
+from regpt.train.track import check_trackers, make_trackers
 
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
 FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
-
-Listener = Callable[[str, int, dict[str, Any]], None]
-"""Hears (event, step, values): info, note, progress, plan, resume, step, eval, sample, save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +63,14 @@ def train(
     torch.set_num_threads(machine.threads)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA; no effect elsewhere
     make_plan(config, machine, vocab_size=1)  # contradictions between settings show before any text is read
-    run = RunDirectory(Path(out))
-    if not fresh:
-        _check_same_run(run, config, listen)
-    tokenizer, shards = corpus(config, listen, kept_tokenizer=None if fresh else run.tokenizer)
+    check_trackers(config.track)
+    run = RunDirectory(Path(out).expanduser())
+    _check_place(run)
+    kept = None if fresh else _check_same_run(run, config, listen)
+    tokenizer, shards = corpus(config, listen, kept_tokenizer=kept)
     tokenizer.encode(
         config.sample.prompt
-    )  # raises now, not at the first sample, where the text has other characters
+    )  # a character that the tokenizer lacks is refused now, not at a sample
     loader = Loader(
         shards.split("train"),
         block_size=config.model.block_size,
@@ -89,12 +87,29 @@ def train(
             flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
         )
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
-        trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop)
         try:
-            trainer.run()
-        finally:
-            trainer.close()
+            trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
+        except RuntimeError as e:
+            if not _out_of_memory(e):
+                raise
+            raise DeviceError(
+                f"{machine.name} ran out of memory; the plan expected {plan.memory.total / 2**30:.1f} GiB.",
+                hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
+            ) from e
         return _result(trainer, run)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in said
+        or "can't allocate memory" in said
+    )
 
 
 def _trainer(
@@ -115,18 +130,15 @@ def _trainer(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": shards.manifest.fingerprint,
     }
-    resumed = run.begun
 
     def note(text: str) -> None:
         listen("note", 0, {"text": text})
 
+    before = run.read() if run.begun else None
     found = checkpoint.newest_valid(run.checkpoints, say=note)
     _check_facts(facts, found, run)
-    run.begin(config=to_dict(config), plan=as_dict(plan), facts=facts, machine=dataclasses.asdict(machine))
-    tokenizer.save(run.tokenizer)
     resumed_step = found.step if found is not None else None
     trackers = make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=resumed_step)
-
     torch.manual_seed(config.seed)
     trainer = Trainer(
         config,
@@ -144,16 +156,47 @@ def _trainer(
     )
     if found is not None:
         trainer.restore(found)
-    if resumed:
+    if before is not None:
         run.rewind(trainer.state.step)
+        _say_what_breaks_bits(before, plan, machine, listen)
         listen("resume", trainer.state.step, {"run": str(run.path)})
+    tokenizer.save(run.tokenizer)
+    run.begin(
+        config=to_dict(config),
+        plan=as_dict(plan),
+        facts=facts | {"text": text_identity(config)},
+        machine=dataclasses.asdict(machine),
+    )
     return trainer
 
 
-def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> None:
-    """Refuse settings that would make it another run; say aloud which others changed."""
-    if not run.begun:
+def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, listen: Listener) -> None:
+    """Exact resume holds for the same build, processor, threads, micro-batch and dtype: say aloud what changed."""
+    then, now = before["plan"] | before["machine"], as_dict(plan) | dataclasses.asdict(machine)
+    changed = [k for k in ("dtype", "micro_rows", "threads", "name", "device") if then.get(k) != now[k]]
+    if before["versions"].get("torch") != str(torch.__version__):
+        changed.append("torch")
+    if changed:
+        text = f"{', '.join(changed)} changed since this run was begun: it goes on, but not to the same bits."
+        listen("note", 0, {"text": text})
+
+
+def _check_place(run: RunDirectory) -> None:
+    """Refuse a run directory that cannot be used, before anything slow; one that is not there is not made yet."""
+    if run.path.exists():
+        RunDirectory.open(run.path).close()
         return
+    parent = next(p for p in run.path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(
+            f"the run directory {run.path} cannot be made: {parent} is not a folder to write in."
+        )
+
+
+def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path | None:
+    """Refuse what would make it another run; say aloud which other settings changed. Returns the run's tokenizer."""
+    if not run.begun or (not run.checkpoints.exists() and run.last_saved_step() is None):
+        return None
     before = build(Config, run.config, where=str(run.path / "run.json"))
     changed = differences(before, config)
     fixed = {k: v for k, v in changed.items() if k.startswith(FIXED)}
@@ -163,8 +206,15 @@ def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> None
             f"{run.path} holds a run with other settings: {lines}.",
             hint="another --out, or --fresh to begin anew (the old run is moved aside)",
         )
+    then, now = run.read()["facts"].get("text", {}), text_identity(config)
+    if then.keys() == now.keys() and then != now:
+        raise CheckpointError(
+            f"the text changed since the run in {run.path} was begun: {', '.join(k for k in now if now[k] != then[k])}.",
+            hint="give the text it was begun with, another --out, or --fresh",
+        )
     for name, (old, new) in changed.items():
         listen("info", 0, {"text": f"{name} was {old!r} in this run, from now on it is {new!r}"})
+    return run.tokenizer
 
 
 def _check_facts(facts: dict[str, Any], found: checkpoint.Checkpoint | None, run: RunDirectory) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,20 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """No more events come."""
+
+
+def check_trackers(config: TrackConfig) -> None:
+    """Refuse, before anything slow, a tracker whose package is missing.
+
+    Raises:
+        DeviceError: naming the package and how to install it.
+    """
+    for wanted, package, setting in (
+        (config.tensorboard, "tensorboard", "--track.tensorboard"),
+        (config.wandb is not None, "wandb", "--track.wandb"),
+    ):
+        if wanted and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise missing_package(package, "track", setting)
 
 
 def make_trackers(
