@@ -9,13 +9,14 @@ help:
 	@echo "make demo       set up, train the demo model (about two minutes), print generated text"
 	@echo "make test       set up, run the tests          make test-slow   the long ones"
 	@echo "make lint types  ruff; mypy --strict           make docs        regenerate docs/cli.md"
-	@echo "make bench      tables against named peers     make clean       remove what setup and tests made"
+	@echo "make bench NANOGPT=clone TEXT=tinyshakespeare.txt   a table against nanoGPT"
+	@echo "make clean       remove what setup and tests made"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "regpt needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 " + "setup")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "setting up $(VENV) (once; PyTorch is large, allow a few minutes) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
@@ -24,10 +25,10 @@ demo: setup
 	@$(BIN)/regpt train demo
 
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup
-	@$(BIN)/python -m pytest -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -39,7 +40,7 @@ docs: setup
 	@$(BIN)/python -m regpt.cli.reference > docs/cli.md
 
 bench: setup
-	@$(BIN)/python benchmarks/cpu.py
+	@$(BIN)/python benchmarks/shakespeare_cpu.py --nanogpt "$(NANOGPT)" --text "$(TEXT)"
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -122,6 +122,14 @@ def test_damaged_presets(tmp_path: Path, text: str, message: str) -> None:
         load_preset(str(path))
 
 
+def test_presets_that_extend_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text('extends = "b.toml"')
+    Path("b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(ConfigError, match=r"in a circle: a\.toml -> b\.toml -> a\.toml"):
+        load_preset("a.toml")
+
+
 def test_missing_preset_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the preset file"):
         load_preset(str(tmp_path / "none.toml"))

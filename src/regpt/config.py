@@ -321,32 +321,38 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml"))
 
 
-def load_preset(name: str) -> Preset:
-    """The preset `name`: one of ours, or a TOML file (a name that ends in .toml) in the same form."""
+def load_preset(name: str, *, heirs: tuple[str, ...] = ()) -> Preset:
+    """The preset `name`: one of ours, or a TOML file (a name that ends in .toml) in the same form.
+
+    Args:
+        heirs: presets that are being read and extend this one.
+    """
+    if name in heirs:
+        raise ConfigError(f"presets extend each other in a circle: {' -> '.join([*heirs, name])}.")
     if name.endswith(".toml"):
         path = Path(name)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise ConfigError(f"cannot read the preset file {name}: {e}") from None
-        return _parse_preset(path.stem, text, name)
+        return _parse_preset(path.stem, text, name, (*heirs, name))
     if name not in preset_names():
         raise ConfigError(
             f"there is no preset {name!r}.{did_you_mean(name, preset_names())}", hint="regpt presets"
         )
     text = (resources.files("regpt") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-    return _parse_preset(name, text, f"preset {name}")
+    return _parse_preset(name, text, f"preset {name}", (*heirs, name))
 
 
-def _parse_preset(name: str, text: str, where: str) -> Preset:
+def _parse_preset(name: str, text: str, where: str, heirs: tuple[str, ...]) -> Preset:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{where} is not valid TOML: {e}") from None
     parent = values.pop("extends", None)
-    base = load_preset(parent).config if isinstance(parent, str) and parent != name else None
-    if parent is not None and base is None:
+    if parent is not None and not isinstance(parent, str):
         raise ConfigError(f"{where}: extends must name another preset.", got=repr(parent))
+    base = load_preset(parent, heirs=heirs).config if parent is not None else None
     about = values.pop("about", {"summary": name, "hardware": "", "time": "", "expected": ""})
     return Preset(
         name,

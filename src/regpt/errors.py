@@ -7,7 +7,7 @@
     ├── CheckpointError          a checkpoint or run directory: damaged, missing, of another run
     ├── DeviceError              the machine: no such device, out of memory, a missing optional package
     ├── TrainingDiverged         a loss or gradient that is not finite (exit status 3)
-    └── Interrupted              stopped by a signal, after saving (exit status 130 or 143)
+    └── Interrupted              stopped by a signal, after saving (exit status 128 + its number: 130, 143)
 
 `assert` is for our own invariants only and never for what a user typed.
 """

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         description=f"{__doc__}\n\nPreset {preset.name}: {preset.about.summary}. Other presets: regpt presets",
         default=Args(config=preset.config),
     )
-    out = Path(args.out or f"runs/{preset.name}")
+    out = Path(args.out or f"runs/{preset.name}").expanduser()
     screen = Screen(Output(args), args.config)
     screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
     from regpt.train.session import train  # torch only from here on
@@ -57,9 +57,27 @@ def main(argv: list[str]) -> int:
     lines = [f"trained {result.step} steps on {result.tokens:,} tokens in {duration(result.seconds)}"]
     if result.val_loss is not None:
         lines[0] += f"; validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte"
+    if not screen.sampled and (
+        sample := last_sample(out)
+    ):  # a finished run, called again, still ends with its text
+        lines.insert(0, sample)
     lines += [f"the run lies in {out}", f'next:  regpt sample {out} "{_some_prompt(args.config)}"']
     screen.out.result(dataclasses.asdict(result), "\n".join(lines))
     return 0
+
+
+def last_sample(run: Path) -> str:
+    """The last text that the run generated while it was trained; empty if there is none."""
+    from regpt.train.run import JsonLines
+
+    entries = list(JsonLines(run / "samples.jsonl").entries())
+    return quoted(entries[-1]) if entries else ""
+
+
+def quoted(sample: dict[str, Any]) -> str:
+    """A generated text, each line marked."""
+    text = (sample["prompt"] + sample["text"]).strip("\n")
+    return "\n".join("  | " + line for line in text.splitlines())
 
 
 def _some_prompt(config: Config) -> str:
@@ -76,7 +94,8 @@ class Screen:
         self.bar: Any = None
         self.bar_context: Any = None
         self.last_line = 0.0
-        self.resumed_at = 0
+        self.described = ""
+        self.sampled = False
         self.rate_at: tuple[int, float] | None = None
 
     def __enter__(self) -> Screen:
@@ -99,11 +118,11 @@ class Screen:
 
     def on_progress(self, step: int, values: dict[str, Any]) -> None:
         """Preparation: values are description, done, total, unit."""
-        if self.bar is None:
-            self._open_bar(values["description"], values["total"], values["unit"])
-        self.bar.update(values["done"])
-        if values["done"] >= values["total"]:
+        if values["description"] != self.described:
             self._close_bar()
+            self._open_bar(values["description"], values["total"], values["unit"])
+            self.described = values["description"]
+        self.bar.update(values["done"])
 
     def on_plan(self, step: int, values: dict[str, Any]) -> None:
         from regpt.cli.plan import describe
@@ -112,7 +131,6 @@ class Screen:
         self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
-        self.resumed_at = step
         if step >= self.config.train.steps:
             self.out.info(
                 f"{values['run']} is finished (step {step}); --train.steps N goes on, --fresh begins anew."
@@ -144,20 +162,14 @@ class Screen:
 
     def on_eval(self, step: int, values: dict[str, Any]) -> None:
         best = "  best so far" if values["best"] else ""
-        self._above_bar(
+        self.out.info(
             f"step {step:>6}  validation loss {values['val_loss']:.4f}  "
             f"perplexity {values['val_perplexity']:,.2f}  {values['val_bits_per_byte']:.4f} bits per byte{best}"
         )
 
     def on_sample(self, step: int, values: dict[str, Any]) -> None:
-        text = (values["prompt"] + values["text"]).strip("\n")
-        self._above_bar("\n".join(["  | " + line for line in text.splitlines()]))
-
-    def _above_bar(self, text: str) -> None:
-        if self.bar is not None and sys.stderr.isatty() and hasattr(self.bar, "bar"):
-            self.bar.bar.console.print(text, markup=False, highlight=False)
-        else:
-            self.out.info(text)
+        self.sampled = True
+        self.out.info(quoted(values))
 
     def _open_bar(self, description: str, total: float, unit: str) -> None:
         self.bar_context = self.out.progress(description, total, unit)
