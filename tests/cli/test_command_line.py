@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,9 @@ import pytest
 
 from regpt import __version__
 from regpt.cli import COMMANDS, main
+from regpt.cli.parse import CommonArgs, Output, parse
+from regpt.cli.train import Args as TrainArgs
+from regpt.errors import Interrupted
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +83,15 @@ def test_every_command_has_help_and_the_common_flags(name: str, capsys: pytest.C
             ["train", "shakspeare-char"],
             "ConfigError: there is no preset 'shakspeare-char'. Did you mean shakespeare-char?\n  try: regpt presets\n",
         ),
+        (
+            ["train", "--quiet", "demo", "--train.steps", "3"],
+            "UsageError: unexpected argument 'demo'; a preset stands before every option.\n"
+            "  try: regpt train demo --quiet --train.steps 3\n",
+        ),
+        (
+            ["doctor", "now"],
+            "UsageError: unexpected argument 'now'.\n  try: regpt doctor --help\n",
+        ),
     ],
 )
 def test_mistakes_give_one_message_and_exit_2(
@@ -102,8 +117,42 @@ def test_a_fault_of_ours_is_told_apart(
     monkeypatch.setattr("regpt.cli._dispatch", broken)
     assert main(["presets"]) == 1
     assert "internal error: KeyError: 'oops'" in capsys.readouterr().err
-    with pytest.raises(KeyError):
-        main(["presets", "--debug"])
+    assert main(["presets", "--debug", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err
+    assert json.loads(captured.out)["error"]["message"] == "internal error: KeyError: 'oops'"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), 130), (Interrupted("saved.", signum=15), 143)]
+)
+def test_a_stop_keeps_its_status_and_is_told_in_json(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("regpt.cli._dispatch", stopped)
+    for flags in ([], ["--debug"]):
+        assert main(["train", "--json", *flags]) == status
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["error"]["kind"] == type(error).__name__
+        assert ("Traceback" in captured.err) == bool(flags)
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(CommonArgs(json=True)).result({"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 1.5}, "")
+    assert capsys.readouterr().out == '{"a": null, "b": [null, {"c": null}], "d": 1.5}\n'
+
+
+def test_words_are_converted_only_where_the_type_has_them() -> None:
+    """A prompt may be the word none or true; --model.bias and --optim.clip-norm mean the values."""
+    words = (
+        "--sample.prompt none --data.source=true --model.bias false --optim.clip_norm None --data.dir true"
+    )
+    config = parse(TrainArgs, [*words.split(), "--data.val-source=none"], prog="regpt train").config
+    assert (config.sample.prompt, config.data.source, config.data.dir) == ("none", "true", "true")
+    assert config.model.bias is False and config.optim.clip_norm is None and config.data.val_source is None
 
 
 def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +183,30 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["regpt"] == __version__ and facts["matmul_flops"]["float32"] > 1e8
+
+
+def test_doctor_only_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is downloaded (tests/conftest.py would fail it); a folder ./wandb is no package."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("REGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("REGPT_GPT2_FILES", raising=False)
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["gpt2_vocabulary"].startswith("not here") and "wandb" in facts["packages"]
+    assert sorted(os.listdir(tmp_path)) == ["wandb"]
+
+
+def test_doctor_finds_the_vocabulary_in_its_folder(
+    test_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REGPT_GPT2_FILES", str(test_data / "tokenizer"))
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpt2_vocabulary"] == "ready"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -171,3 +244,96 @@ def test_a_closed_pipe_is_no_error() -> None:
         f"'{sys.executable}' -m regpt presets --json | head -c 5", shell=True, capture_output=True, text=True
     )
     assert done.stderr == ""
+
+
+WORK = """
+import sys
+from regpt import cli
+from regpt.cli.parse import CommonArgs, Output
+
+def work(words):
+    out = Output(CommonArgs())
+    sys.stdin.readline()  # by then the reader of our notes is gone
+    for i in range(3):
+        out.info("a note")
+        out.warn("another")
+    with out.progress("working", 3) as bar:
+        bar.begun -= 10
+        bar.update(3)
+    out.result({}, "done")
+    return 0
+
+cli._dispatch = work
+sys.exit(cli.main(["train"]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell is needed")
+@pytest.mark.parametrize("redirection", ["", "2>&-"])
+def test_a_closed_standard_error_does_not_stop_the_work(redirection: str, tmp_path: Path) -> None:
+    """Notes go unheard, the result is whole and the exit status 0."""
+    (tmp_path / "work.py").write_text(WORK)
+    with subprocess.Popen(
+        ["sh", "-c", f"exec '{sys.executable}' '{tmp_path / 'work.py'}' {redirection}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stderr.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stdout.read() == b"done\n"
+    assert process.returncode == 0
+
+
+class Broken(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_notes_that_nobody_reads_are_dropped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Broken())
+    assert main(["plan", "demo"]) == 0 and "parameters" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+
+
+def test_a_broken_pipe_that_is_not_our_output_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only `| head` means that all went well."""
+
+    def broken(words: list[str]) -> int:
+        raise BrokenPipeError("a worker's pipe")
+
+    monkeypatch.setattr("regpt.cli._dispatch", broken)
+    assert main(["train", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert "BrokenPipeError: a worker's pipe" in captured.err
+    assert json.loads(captured.out)["error"]["kind"] == "BrokenPipeError"
+
+
+def test_the_bar_knows_the_time_left_of_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps a hundred seconds apart: rich, left alone, forgets the first."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now = 0.0
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Output(CommonArgs()).progress("training", 100) as bar:
+        (task,) = bar.bar.tasks  # type: ignore[attr-defined]
+        bar.bar.get_time = task._get_time = lambda: now  # type: ignore[attr-defined]
+        task.start_time = 0.0
+        for step in range(1, 5):
+            now = 100.0 * step
+            bar.update(step)
+        assert task.time_remaining == pytest.approx(9600)

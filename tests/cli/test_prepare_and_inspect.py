@@ -9,12 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from regpt.cli import main
+from regpt.cli.inspect import count_lengths
+from regpt.config import Config, to_dict
 from regpt.data import workers
 from regpt.data.shards import Shards
 from regpt.tokenizers import load_tokenizer
+from regpt.train.checkpoint import save_checkpoint
+from regpt.train.run import RunDirectory
 
 
 @pytest.fixture
@@ -169,3 +175,26 @@ def test_worker_processes_start_without_torch() -> None:
     code = f"import sys, {workers.__name__}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_lengths_are_counted_by_powers_of_ten() -> None:
+    lengths = [1, 9, 10, 99, 100, 12_345, 7]
+    assert count_lengths(np.cumsum(lengths)) == {10: 3, 100: 2, 1000: 1, 100_000: 1}
+    assert count_lengths(np.empty(0, dtype=np.int64)) == {}
+
+
+def test_inspect_of_a_run_shows_each_loss_at_its_own_step(tmp_path, capsys) -> None:
+    """A loss that was not finite is null in the log; a checkpoint between evaluations has none."""
+    plan = {"parameters": 1, "vocab_size": 257, "steps": 20, "dtype": "float32"}
+    with RunDirectory.open(tmp_path / "run") as run:
+        run.begin(config=to_dict(Config()), plan=plan, machine={"name": "here"})
+        run.log("eval", 5, {"val_loss": 2.5, "val_bits_per_byte": 1.25})
+        run.log("eval", 10, {"val_loss": float("nan"), "val_bits_per_byte": float("nan")})
+        for step, evaluated in ((5, 5), (7, 5)):
+            state = {"val_loss": 2.5, "evaluated_step": evaluated}
+            save_checkpoint(run.checkpoints, step=step, model={"a": torch.ones(1)}, optimizer={}, state=state)
+    assert main(["inspect", str(run.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step      5: 2.5000 (1.2500 bits per byte)" in shown and "step     10: not finite" in shown
+    assert main(["inspect", str(run.path), "--json"]) == 0
+    assert [c["val_loss"] for c in json.loads(capsys.readouterr().out)["checkpoints"]] == [2.5, None]

@@ -124,6 +124,15 @@ def test_mask_of_padding_is_not_saved() -> None:
     assert names == expected | {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
 
 
+def test_built_on_meta_and_started_later_is_the_same() -> None:
+    """The mask, which no checkpoint holds, too."""
+    with torch.device("meta"):
+        model = GPT2(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16), VOCAB)
+    model.to_empty(device="cpu").init_weights()
+    logits = model(some_ids())
+    assert torch.isneginf(logits[..., VOCAB:]).all() and logits[..., :VOCAB].isfinite().all()
+
+
 # --- loss -----------------------------------------------------------------------------------------------------
 
 

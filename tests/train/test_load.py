@@ -38,7 +38,8 @@ def save(run: RunDirectory, step: int, best: tuple[int, float] | None, **other: 
         "tokenizer_fingerprint": ByteTokenizer().fingerprint,
         "best_step": best[0] if best else None,
         "best_val_loss": best[1] if best else None,
-        "val_loss": 3.0 + step / 100,
+        "val_loss": best[1] if best and best[0] == step else 3.0 + step / 100,
+        "evaluated_step": step,
     }
     model, optimizer = model_tensors(built(step)), {"wte.weight.exp_avg": torch.ones(3)}
     return save_checkpoint(run.checkpoints, step=step, model=model, optimizer=optimizer, state=state | other)
@@ -92,6 +93,15 @@ def test_loading_changes_nothing_on_disk(run: RunDirectory) -> None:
 def test_without_an_evaluation_the_best_is_the_last(run: RunDirectory) -> None:
     save(run, 40, None)
     assert load_model(run.path, say=silent).step == 40
+
+
+def test_the_loss_of_another_step_is_not_reported(run: RunDirectory) -> None:
+    """Between evaluations val_loss in the state is an older step's; a loss that was not finite is None."""
+    save(run, 40, (20, 2.5), evaluated_step=30)
+    assert load_model(run.path, which="last", say=silent).val_loss is None
+    save(run, 50, (20, 2.5), val_loss=None)
+    assert load_model(run.path, which="last", say=silent).val_loss is None
+    assert load_model(run.path, say=silent).val_loss == 2.5
 
 
 def test_a_relative_path_works(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from regpt.config import Config, ModelConfig, TrainConfig, load_preset
 from regpt.errors import ConfigError, DeviceError
-from regpt.train.machine import PEAK_FLOPS, Machine, choose_dtype, measure_flops, probe
+from regpt.train.machine import PEAK_FLOPS, Machine, choose_dtype, data_sheet_flops, measure_flops, probe
 from regpt.train.plan import as_dict, make_plan
 
 LAPTOP = Machine(
@@ -115,7 +115,7 @@ def test_dtype_by_hardware() -> None:
     assert (choose_dtype("auto", amx, small), choose_dtype("auto", amx, large)) == ("float32", "bfloat16")
     assert (choose_dtype("auto", A100, small), choose_dtype("auto", t4, small)) == ("bfloat16", "float16")
     assert choose_dtype("float32", A100, large) == "float32"
-    with pytest.raises(ConfigError, match="train.dtype=float16 needs a GPU"):
+    with pytest.raises(ConfigError, match=r"train.dtype=float16 needs a GPU"):
         choose_dtype("float16", LAPTOP, large)
 
 
@@ -157,3 +157,27 @@ def test_peak_flops_prefer_the_longer_name() -> None:
     for i, name in enumerate(names):
         assert not any(name in later and name != later for later in names[i + 1 :]), name
     assert all(math.isfinite(v) for v in PEAK_FLOPS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_the_data_sheet_is_found_by_whole_words(name: str, part: str | None) -> None:
+    assert data_sheet_flops(name) == (PEAK_FLOPS[part] if part else None)

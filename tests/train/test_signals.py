@@ -9,8 +9,10 @@ import pytest
 
 from regpt.train.signals import StopRequest, stop_on_signal
 
+STOPPING = ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"]
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+
+@pytest.mark.parametrize("name", [n for n in STOPPING if hasattr(signal, n)])
 def test_the_first_signal_only_asks(name: str) -> None:
     before = signal.getsignal(getattr(signal, name))
     with stop_on_signal() as stop:
@@ -38,3 +40,19 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert not seen[0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_a_lost_terminal_hangs_up_twice_and_is_ignored_under_nohup() -> None:
+    """The shell and the kernel each send SIGHUP: the second must not end the saving. Under nohup it is no request."""
+    with stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.name == "SIGHUP"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,15 +1,19 @@
 """The command line: finds the command, imports it alone, and turns what goes wrong into one message and an exit status.
 
-Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 130 or 143 stopped by a signal after saving.
+Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 129, 130, 143 stopped by a signal, saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any, TextIO, cast
 
 from regpt import __version__
 from regpt.errors import RegptError, UsageError, did_you_mean
@@ -47,33 +51,76 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug, as_json = "--debug" in words, "--json" in words
-    try:
-        return _dispatch(words)
-    except RegptError as error:
-        if debug:
-            raise
-        _report(error, as_json)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("\nstopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if debug:
-            raise
-        print(f"regpt: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("  this is a fault of regpt; the same command with --debug shows where.", file=sys.stderr)
-        return 1
+    notes = cast(TextIO, _Notes(sys.stderr or io.StringIO()))  # None where the shell closed it: 2>&-
+    with contextlib.redirect_stderr(notes):
+        try:
+            return _dispatch(words)
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, BrokenPipeError) and _reader_gone():
+                return 0
+            if "--debug" in words:
+                traceback.print_exc()
+            return _report(error, "--json" in words)
 
 
-def _report(error: RegptError, as_json: bool) -> None:
-    kind = type(error).__name__
-    print(f"{kind}: {error}", file=sys.stderr, flush=True)
+def _report(error: BaseException, as_json: bool) -> int:
+    """Say what went wrong, on standard error and as JSON where that was asked for; returns the exit status."""
+    kind, hint, status = type(error).__name__, None, 1
+    if isinstance(error, RegptError):
+        what, hint, status = error.what, error.hint, error.exit_status
+        text = f"{kind}: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        what, status = "stopped.", 130
+        text = "\nstopped."
+    else:
+        what, hint = f"internal error: {kind}: {error}", "the same command with --debug"
+        text = f"regpt: {what}\n  this is a fault of regpt; {hint} shows where."
+    print(text, file=sys.stderr, flush=True)
     if as_json:
-        print(json.dumps({"error": {"kind": kind, "message": error.what, "try": error.hint}}), flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps({"error": {"kind": kind, "message": what, "try": hint}}), flush=True)
+    return status
+
+
+class _Notes:
+    """Standard error whose reader may go away (a closed pipe, a lost terminal): the work goes on unheard."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            _to_nowhere(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            _to_nowhere(self.stream)
+
+
+def _reader_gone() -> bool:
+    """Whether a broken pipe was standard output, as with `| head`. An empty line tells, harmless to JSON too."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+        return True
+    return False
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Point `stream` at the null device, so that what it still holds makes no trouble when Python ends."""
+    with contextlib.suppress(OSError):  # a stream without a file below it
+        number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
 
 
 def _dispatch(words: list[str]) -> int:

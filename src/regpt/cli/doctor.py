@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -13,7 +13,6 @@ from typing import Any
 
 from regpt import __version__
 from regpt.cli.parse import CommonArgs, Output, parse
-from regpt.errors import RegptError
 
 # package -> what it is for, with the extra that brings it
 OPTIONAL = {
@@ -42,7 +41,7 @@ def examine() -> dict[str, Any]:
     """Everything the page shows, as plain values."""
     import torch
 
-    from regpt.tokenizers import open_tokenizer
+    from regpt.tokenizers.gpt2 import FOLDER_VARIABLE, gpt2_is_here
     from regpt.train.allocator import keep_memory
     from regpt.train.machine import measure_flops, probe
 
@@ -51,14 +50,11 @@ def examine() -> dict[str, Any]:
     rates = {d: measure_flops(machine, d) for d in dtypes}
     packages = {}
     for name, (purpose, extra) in OPTIONAL.items():
-        found = importlib.util.find_spec(name) is not None
-        version = importlib.metadata.version(name) if found else None
+        version = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
         packages[name] = {"version": version, "for": purpose, "extra": extra}
-    try:
-        open_tokenizer("gpt2")
-        gpt2 = "ready"
-    except RegptError as error:
-        gpt2 = error.what
+    missing = f"not here: downloaded when first needed (1.5 MB), or read from the folder {FOLDER_VARIABLE}"
     return {
         "regpt": __version__,
         "python": platform.python_version(),
@@ -76,7 +72,7 @@ def examine() -> dict[str, Any]:
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "allocator_keeps_memory": keep_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "gpt2_vocabulary": gpt2,
+        "gpt2_vocabulary": "ready" if gpt2_is_here() else missing,
         "packages": packages,
     }
 

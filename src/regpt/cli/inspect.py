@@ -13,7 +13,10 @@ from regpt.cli.parse import CommonArgs, Output, parse
 from regpt.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
-    from regpt.data.shards import Shards, TokenSplit
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from regpt.data.shards import Shards
 
 SAMPLE_CHARS = 400
 
@@ -60,6 +63,7 @@ def inspect_run(path: Path, args: Args) -> None:
     """
     from regpt.config import Config, build
     from regpt.train.checkpoint import list_checkpoints, read_checkpoint
+    from regpt.train.load import evaluated_loss
     from regpt.train.run import RunDirectory
 
     out, run = Output(args), RunDirectory(path)
@@ -68,7 +72,7 @@ def inspect_run(path: Path, args: Args) -> None:
     for folder in list_checkpoints(run.checkpoints):
         try:
             found = read_checkpoint(folder, verify=args.verify)
-            checkpoints.append({"path": folder.name, "valid": True, "val_loss": found.state.get("val_loss")})
+            checkpoints.append({"path": folder.name, "valid": True, "val_loss": evaluated_loss(found)})
         except CheckpointError as e:
             checkpoints.append({"path": folder.name, "valid": False, "fault": e.what})
     evals = [e for e in run.lines.entries() if e["event"] == "eval"]
@@ -82,10 +86,10 @@ def inspect_run(path: Path, args: Args) -> None:
         f"{record['machine']['name']}",
     ]
     for last in evals[-5:]:
-        lines.append(
-            f"validation step {last['step']:>6}: {last['val_loss']:.4f} "
-            f"({last['val_bits_per_byte']:.4f} bits per byte)"
-        )
+        loss = "not finite"
+        if last["val_loss"] is not None and last["val_bits_per_byte"] is not None:
+            loss = f"{last['val_loss']:.4f} ({last['val_bits_per_byte']:.4f} bits per byte)"
+        lines.append(f"validation step {last['step']:>6}: {loss}")
     for c in checkpoints:
         state = ("whole" if args.verify else "not checked") if c["valid"] else f"DAMAGED: {c['fault']}"
         lines.append(f"checkpoint {c['path']}: {state}")
@@ -149,12 +153,13 @@ def inspect_shards(path: Path, args: Args) -> None:
             expected=facts.tokenizer.fingerprint,
         )
     samples = []
-    for number, (start, end) in enumerate(_bounds(split)[: args.documents]):
+    ends = split.document_ends[: max(args.documents, 0)].tolist()
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         ids = split.read(start, min(end - start - 1, SAMPLE_CHARS)).tolist()  # the last id ends the document
         samples.append(
             {"document": number, "tokens": end - start, "text": tokenizer.decode(ids)[:SAMPLE_CHARS]}
         )
-    lengths = _lengths(split)
+    lengths = count_lengths(split.document_ends)
     lines = describe_shards(shards)
     lines += [f"lengths    {args.split}: " + ", ".join(f"{n:,} under {k:,}" for k, n in lengths.items() if n)]
     lines += [f"checked    {'every byte is as it was written' if args.verify else 'sizes only'}"]
@@ -190,15 +195,10 @@ def describe_shards(shards: Shards) -> list[str]:
     return lines
 
 
-def _bounds(split: TokenSplit) -> list[tuple[int, int]]:
-    ends = split.document_ends.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def _lengths(split: TokenSplit) -> dict[int, int]:
+def count_lengths(document_ends: NDArray[np.int64]) -> dict[int, int]:
     """Number of documents by length: {10: how many have under 10 tokens, 100: how many of the others under 100, …}."""
-    found: dict[int, int] = {}
-    for begin, end in _bounds(split):
-        bound = 10 ** len(str(end - begin))
-        found[bound] = found.get(bound, 0) + 1
-    return dict(sorted(found.items()))
+    import numpy as np
+
+    bounds = 10 ** np.arange(1, 19)
+    counts = np.bincount(np.searchsorted(bounds, np.diff(document_ends, prepend=0), side="right"))
+    return {10 ** (i + 1): n for i, n in enumerate(counts.tolist()) if n}

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import sys
 import time
 import typing
@@ -82,32 +83,38 @@ def parse(
     extra: dict[str, Any] = {"config": (tyro.conf.FlagCreatePairsOff,)}
     if default is not None:
         extra["default"] = default
-    complaint = io.StringIO()
+    complaint, known = io.StringIO(), options(make)
     try:
         with contextlib.redirect_stderr(complaint):
-            made = tyro.cli(make, args=_normalised(argv), prog=prog, description=description, **extra)
+            made = tyro.cli(make, args=_normalised(argv, known), prog=prog, description=description, **extra)
             return typing.cast(T, made)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-    raise _error(complaint.getvalue(), argv, options(make), prog)
+    raise _error(complaint.getvalue(), argv, known, prog, has_preset=default is not None)
 
 
-def _normalised(argv: Sequence[str]) -> list[str]:
-    """`true`, `off`-like spellings of settings as tyro writes them: --model.bias false -> False."""
-    words = {"true": "True", "false": "False", "none": "None", "null": "None"}
+def _normalised(argv: Sequence[str], known: dict[str, Any]) -> list[str]:
+    """`true` and `none` as tyro writes them, where the setting's type has them: --model.bias false -> False."""
+
+    def value_of(option: str, value: str) -> str:
+        kind = known.get(option.replace("_", "-")) if "." in option else None
+        kinds = (kind, *typing.get_args(kind))
+        words = {"true": "True", "false": "False"} if bool in kinds else {}
+        if type(None) in kinds:
+            words |= {"none": "None", "null": "None"}
+        return words.get(value.lower(), value)
+
     out: list[str] = []
-    for i, word in enumerate(argv):
+    for before, word in zip(["", *argv], argv, strict=False):
         name, equals, value = word.partition("=")
-        if equals and name.startswith("--") and "." in name:
-            word = f"{name}={words.get(value.lower(), value)}"
-        elif i and argv[i - 1].startswith("--") and "." in argv[i - 1] and "=" not in argv[i - 1]:
-            word = words.get(word.lower(), word)
-        out.append(word)
+        out.append(f"{name}={value_of(name, value)}" if equals else value_of(before, word))
     return out
 
 
-def _error(complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str) -> ConfigError | UsageError:
+def _error(
+    complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str, *, has_preset: bool
+) -> ConfigError | UsageError:
     """tyro's boxed complaint as one of our errors."""
     for word in argv:
         option = word.partition("=")[0].replace("_", "-")
@@ -124,6 +131,16 @@ def _error(complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str
         if text.strip("─-╭╮╰╯+ ") and not line.startswith(("╭", "+")) and text.strip() not in TITLES:
             lines.append(text)
     said = " ".join(lines)
+    if left := re.match(r"Unrecognized options: (\S+)", said):
+        word = left[1]
+        if has_preset and word in argv:
+            others = list(argv)
+            others.remove(word)
+            return UsageError(
+                f"unexpected argument {word!r}; a preset stands before every option.",
+                hint=shlex.join([*prog.split(), word, *others]),
+            )
+        return UsageError(f"unexpected argument {word!r}.", hint=f"{prog} --help")
     named = re.search(r"(--[a-z][a-z0-9.-]*)", said)
     given = re.search(r"^invalid choice '([^']*)'|'([^']*)'\]?\.?$", said)
     if named and given and named[1] in known:
@@ -158,8 +175,11 @@ class Output:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def result(self, values: dict[str, Any], text: str) -> None:
-        """What was asked for, on standard output."""
-        print(json.dumps(values) if self.json else text, flush=True)
+        """What was asked for, on standard output. In JSON a number that is not finite is null."""
+        if self.json:
+            finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+            text = json.dumps(finite, allow_nan=False)
+        print(text, flush=True)
 
     @contextlib.contextmanager
     def progress(self, description: str, total: float, unit: str = "") -> Iterator[Progress]:
@@ -178,7 +198,9 @@ class Output:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            # The speed that the time left follows from is taken over an hour: one step may take minutes.
+            console = Console(stderr=True)
+            with RichProgress(*columns, console=console, speed_estimate_period=3600) as bar:
                 yield _Bar(bar, bar.add_task(description, total=total, note=""))
         else:
             yield _Lines(description, total, unit)

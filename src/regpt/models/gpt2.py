@@ -18,7 +18,7 @@ from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models import KVLayers, pad_vocab
 
-INIT_STD = 0.02  # of every matrix and embedding; GPT-2's released code, model.py
+INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
 MLP_RATIO = 4
 IGNORE = -1  # a target that does not count
 
@@ -53,8 +53,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVLayers | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
         mask = None
         if cache is not None:
             seen = cache.length
@@ -124,9 +126,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         # Added by the head's own matrix product, so that masking costs no pass over the logits.
-        pad = torch.zeros(self.padded_vocab_size)
-        pad[vocab_size:] = -math.inf
-        self.register_buffer("pad_bias", pad, persistent=False)
+        self.register_buffer("pad_bias", torch.empty(self.padded_vocab_size), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -143,6 +143,8 @@ class GPT2(nn.Module):
             else:
                 p.fill_(1.0)
         self.wte.weight[self.vocab_size :] = 0.0
+        bias = cast(Tensor, self.pad_bias).zero_()
+        bias[self.vocab_size :] = -math.inf
 
     def hidden(self, ids: Tensor, cache: KVLayers | None = None) -> Tensor:
         """ids (B, T) int64 -> the normalised stream (B, T, C). With a cache, the ids continue what it holds."""

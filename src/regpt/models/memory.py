@@ -1,9 +1,10 @@
 """How much memory a training process will take at its peak, by arithmetic; checked against processes that ran.
 
 On a CPU the figure is the resident set of the whole process, with malloc told to keep freed memory (train/allocator.py):
-the heap then holds more than is alive at any instant, and the factors here were fitted to 53 runs of 4 to 24 layers, 128
-to 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16, all of which they meet within 15 %. On a GPU it is
-what PyTorch's allocator hands out; that has not been measured yet.
+the heap then holds more than is alive at any instant, and the factors here were fitted to 57 runs of 4 to 24 layers, 128
+to 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16, all of which they meet within 15 %, but for one
+(17 %). The same run repeated may differ by a tenth. On a GPU it is what PyTorch's allocator hands out; that has not been
+measured yet. torch.compile needs less.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from regpt.config import ModelConfig
 from regpt.models import pad_vocab
 from regpt.models.count import count_parameters
 
-PROCESS_BYTES = 310 << 20  # Python with torch imported, before the first tensor
+PROCESS_BYTES = 310 << 20  # Python, torch, its kernels, and Dynamo, which the first optimizer step imports
 # Bytes kept for the backward pass, for each token, layer and channel: the stream and both norms' outputs, q k v and the
 # attention's output, the MLP before and after its GELU. Under autocast all but the stream are of two bytes.
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
-CPU_SEVERAL_PASSES = {"float32": (1.84, 2.60), "bfloat16": (1.60, 2.30), "float16": (1.60, 2.30)}
-CPU_GRADIENTS = (
-    1.6  # of a model larger than its activations; the room they leave is not all in the right places
-)
+CPU_SEVERAL_PASSES = {"float32": (1.84, 2.60), "bfloat16": (1.30, 2.20), "float16": (1.30, 2.20)}
+# Gradients of a model larger than its activations; the room that these leave is not all in the right places.
+CPU_GRADIENTS = 1.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,22 @@ class Memory:
         return self.process + self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
+def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> int:
+    """What one layer keeps of one token from its forward pass for its backward pass.
+
+    With dropout there are its masks: a byte each on CUDA, numbers elsewhere. A fused attention keeps no T x T matrix; CPU
+    has none with dropout and MPS none in training. There queries, keys and values turn float32, and three such matrices
+    stay (weights, mask, their product) besides one in passing.
+    """
+    width = 4 if dtype == "float32" else 2
+    kept = ACTIVATION_BYTES[dtype] * config.n_embd
+    if config.dropout:
+        kept += 2 * config.n_embd * (1 if device_type == "cuda" else width)
+    if device_type == "mps" or (device_type == "cpu" and config.dropout):
+        kept += 3 * (4 - width) * config.n_embd + 4 * 4 * config.n_head * config.block_size
+    return kept
+
+
 def memory_estimate(
     config: ModelConfig, vocab_size: int, *, micro_rows: int, dtype: str, device_type: str, n_micro: int = 1
 ) -> Memory:
@@ -58,15 +74,11 @@ def memory_estimate(
         n_micro: passes whose gradients are added up before an update.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
-    activations = tokens * config.n_layer * config.n_embd * ACTIVATION_BYTES[dtype]
-    if config.dropout:  # masks: after attention and after the MLP, a byte each
-        activations += tokens * config.n_layer * config.n_embd * 2
+    activations = tokens * config.n_layer * saved_bytes_per_token(config, dtype, device_type)
     if dtype != "float32":
         activations += 2 * (n.stored - n.positions)  # autocast's copies of the weights
     logits = LOGIT_BYTES * tokens * pad_vocab(vocab_size)
-    head = (
-        4 * pad_vocab(vocab_size) * config.n_embd
-    )  # the first gradient, made while everything else is still there
+    head = 4 * pad_vocab(vocab_size) * config.n_embd  # the first gradient, made while all else is still there
     if device_type == "cpu":
         factors = CPU_ONE_PASS if n_micro == 1 else CPU_SEVERAL_PASSES[dtype]
         activations, logits = round(activations * factors[0]), round(logits * factors[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import nn
@@ -20,15 +20,12 @@ def decayed_names(model: nn.Module, decay: str) -> set[str]:
     all: norms and biases as well.
     """
     embeddings = {
-        f"{name}.{own}" if name else own
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for own, _ in module.named_parameters(recurse=False)
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
     return {
         name
         for name, p in model.named_parameters()
-        if decay == "all" or (p.dim() >= 2 and not (decay == "linear" and name in embeddings))
+        if decay == "all" or (p.dim() >= 2 and not (decay == "linear" and id(p) in embeddings))
     }
 
 
@@ -61,23 +58,14 @@ def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.opti
     )
 
 
-def named_state(
-    optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
-    """(parameter name, parameter, its optimizer state) in a stable order; the state is empty before the first step."""
-    for group in optimizer.param_groups:
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            yield name, p, optimizer.state[p]
-
-
 def check_adamw(config: OptimConfig) -> None:
     """Refuse settings outside their range, before anything is built.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if not config.lr > 0.0:
-        raise ConfigError("optim.lr must be above 0.", got=config.lr)
+    if not 0.0 < config.lr < math.inf:
+        raise ConfigError("optim.lr must be above 0 and finite.", got=config.lr)
     for name in ("beta1", "beta2"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ConfigError(f"optim.{name} must lie in [0, 1).", got=getattr(config, name))

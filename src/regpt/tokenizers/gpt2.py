@@ -64,10 +64,24 @@ def load(folder: Path) -> GPT2Tokenizer:
     return GPT2Tokenizer(contents)
 
 
-def _found(name: str) -> bytes:
+def gpt2_is_here() -> bool:
+    """Whether open_gpt2() would find both files, as published, on this machine. Touches no network."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return all(kept(Path(folder).expanduser() / name, sha256) for name, sha256 in SHA256.items())
+    return all(_kept(name) for name in SHA256)
+
+
+def _kept(name: str) -> bytes | None:
+    """The file out of tiktoken's cache or ours."""
     if theirs := os.environ.get("TIKTOKEN_CACHE_DIR"):  # where a file is named by the sha1 of its URL
         sha1 = hashlib.sha1(f"{URL}/{name}".encode(), usedforsecurity=False)
         if (content := kept(Path(theirs) / sha1.hexdigest(), SHA256[name])) is not None:
             return content
+    return kept(cache_folder() / "gpt2" / name, SHA256[name])
+
+
+def _found(name: str) -> bytes:
+    if (content := _kept(name)) is not None:
+        return content
     url = f"{os.environ.get(URL_VARIABLE) or URL}/{name}"
     return fetch(url, sha256=SHA256[name], keep=cache_folder() / "gpt2" / name, hint=BY_HAND)

@@ -82,15 +82,20 @@ def load_model(
         )
     model = GPT2(config, vocab_size)
     load_model_tensors(model, tensors)
-    is_best = found.state.get("best_step") == found.step
     return Loaded(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
         config=config,
         path=found.path,
         step=found.step,
-        val_loss=found.state.get("best_val_loss" if is_best else "val_loss"),
+        val_loss=evaluated_loss(found),
     )
+
+
+def evaluated_loss(found: Checkpoint) -> float | None:
+    """The validation loss of these very weights, in nats a token; None where that step was not evaluated."""
+    loss = found.state.get("val_loss") if found.state.get("evaluated_step") == found.step else None
+    return float(loss) if isinstance(loss, float | int) else None
 
 
 def _choose(path: Path, which: Literal["best", "last"], say: Callable[[str], None]) -> Checkpoint:

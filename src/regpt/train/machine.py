@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError, DeviceError
 
-# Dense peak FLOP/s with bf16 or fp16 inputs, no sparsity; from the vendors' data sheets, matched against the device name.
+# Dense peak FLOP/s with bf16 or fp16 inputs, no sparsity; from the vendors' data sheets. Matched as
+# whole words of the device name, the first that fits.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -50,7 +52,7 @@ class Machine:
     threads: int
     """CPU threads of arithmetic."""
     peak_flops: float | None
-    """From the data sheet, at 16 bits; None where none is known."""
+    """From the data sheet, with 16-bit inputs (it says nothing of float32); None where none is known."""
     fast_bf16: bool
     """bfloat16 has hardware of its own (compute capability 8, or AMX)."""
 
@@ -86,14 +88,14 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
                 f" that PyTorch {torch.__version__} can use.",
                 hint="--train.device auto",
             )
+        torch.cuda.set_device(int(index or 0))  # what says only "cuda", and every library, means this one
         facts = torch.cuda.get_device_properties(int(index or 0))
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in facts.name), None)
         return Machine(
             device=f"cuda:{int(index or 0)}",
             name=facts.name,
             memory_bytes=facts.total_memory,
             threads=n_threads,
-            peak_flops=peak,
+            peak_flops=data_sheet_flops(facts.name),
             fast_bf16=facts.major >= 8,  # is_bf16_supported() also says yes where it is only emulated
         )
     if kind == "mps" and not torch.backends.mps.is_available():
@@ -111,6 +113,12 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
     )
 
 
+def data_sheet_flops(name: str) -> float | None:
+    """PEAK_FLOPS of the device that its vendor calls `name`: an L40 is no L4, a laptop's chip not the desktop's."""
+    fits = (flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! Laptop)", name))
+    return next(fits, None)
+
+
 def choose_dtype(asked: str, machine: Machine, model: ModelConfig) -> str:
     """The dtype of matrix products: what was asked for, or what is fast here and safe."""
     if asked == "float16" and machine.kind == "cpu":
@@ -123,15 +131,25 @@ def choose_dtype(asked: str, machine: Machine, model: ModelConfig) -> str:
     return "bfloat16" if machine.kind == "cpu" and machine.fast_bf16 and large else "float32"
 
 
-def measure_flops(machine: Machine, dtype: str, size: int = 1024, tries: int = 5) -> float:
-    """FLOP/s of a square matrix product here and now, the best of a few tries; well under a second."""
+def measure_flops(machine: Machine, dtype: str, size: int | None = None, tries: int = 4) -> float:
+    """FLOP/s of a square matrix product here and now, the best of a few tries; a second or two at most.
+
+    On a GPU the matrices are large and several products stand between two waits: a small one measures the launch.
+    """
+    size = size or (8192 if machine.kind == "cuda" else 1024)
+    products = 1 if machine.kind == "cpu" else 4
     a = torch.randn(size, size, device=machine.device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(tries + 1):
         begun = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
+        for _ in range(products):
+            c = a @ a
+        c[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
+    if machine.kind == "cuda":
+        del a, c
+        torch.cuda.reset_peak_memory_stats(machine.device)  # this is no part of what a run needs
+    return 2 * size**3 * products / best
 
 
 def peak_memory_bytes(machine: Machine) -> int:

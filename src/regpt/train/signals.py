@@ -1,4 +1,4 @@
-"""A first Ctrl-C, SIGTERM or SIGUSR1 asks the work to stop once it is safe; a second one stops it at once."""
+"""A first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP asks the work to stop once it is safe; a second one stops it at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -31,12 +32,19 @@ def stop_on_signal() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals there only
         yield request
         return
-    watched = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
+    watched = [getattr(signal, n) for n in names if hasattr(signal, n)]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) == signal.SIG_IGN:  # nohup: a lost terminal is no stop
+        watched.remove(hangup)
+    then: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+    if hangup is not None:
+        then[hangup] = signal.SIG_IGN  # the shell and the kernel both send it: only the first is a request
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
         for other in watched:
-            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(other, then.get(other, signal.SIG_DFL))
 
     before = {signum: signal.signal(signum, on_signal) for signum in watched}
     try:
