@@ -20,6 +20,8 @@ from regpt.optim.groups import adamw  # noqa: E402
 def main(shape: dict[str, int | float], vocab: int, rows: int, dtype: str, n_micro: int, steps: int) -> None:
     torch.manual_seed(0)
     config = ModelConfig(**shape)  # type: ignore[arg-type]
+    if config.n_embd < 256:
+        torch.set_num_threads(1)  # models this small are fastest on one
     model = GPT2(config, vocab)
     optimizer = adamw(model, OptimConfig(), "cpu")
     for _ in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,15 @@ from regpt.config import ModelConfig, OptimConfig
 from regpt.errors import ConfigError
 from regpt.models.gpt2 import GPT2
 from regpt.optim.groups import adamw, check_adamw, decayed_names
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are fastest on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(bias: bool = True) -> GPT2:
