@@ -16,11 +16,34 @@ import pytest
 TEXT = "".join(
     f"Chapter {i}. It was the {i}th night; the sea was calm, and so were we.\n" for i in range(300)
 )
-TINY = (
-    "--tokenizer.name bytes --model.n-layer 1 --model.n-head 2 --model.n-embd 32 --model.block-size 32 "
-    "--train.batch-tokens 256 --train.steps 20 --eval.every 10 --optim.warmup-steps 2 --data.val-fraction 0.1 "
-    "--sample.tokens 8 --data.workers 1 --train.device cpu"
-).split()
+TINY = [
+    "--tokenizer.name",
+    "bytes",
+    "--model.n-layer",
+    "1",
+    "--model.n-head",
+    "2",
+    "--model.n-embd",
+    "32",
+    "--model.block-size",
+    "32",
+    "--train.batch-tokens",
+    "256",
+    "--train.steps",
+    "20",
+    "--eval.every",
+    "10",
+    "--optim.warmup-steps",
+    "2",
+    "--data.val-fraction",
+    "0.1",
+    "--sample.tokens",
+    "8",
+    "--data.workers",
+    "1",
+    "--train.device",
+    "cpu",
+]
 
 
 @pytest.fixture
