@@ -31,8 +31,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "vocab", "rows", "dtype", "n_micro", "steps"),
     [
-        (SMALL, 65, 12, "float32", 1, 4),
-        (SMALL, 4096, 12, "bfloat16", 4, 2),
+        pytest.param(SMALL, 65, 12, "float32", 1, 4, marks=slow),
+        pytest.param(SMALL, 4096, 12, "bfloat16", 4, 2, marks=slow),
         pytest.param(MIDDLE, 65, 16, "float32", 1, 4, marks=slow),
         pytest.param(MIDDLE, 65, 16, "bfloat16", 1, 4, marks=slow),
         pytest.param(MIDDLE, 65, 16, "float32", 4, 3, marks=slow),

@@ -22,7 +22,7 @@ ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
-CPU_SEVERAL_PASSES = {"float32": (1.84, 2.60), "bfloat16": (1.30, 2.20), "float16": (1.30, 2.20)}
+CPU_SEVERAL_PASSES = {"float32": (1.84, 2.60), "bfloat16": (1.30, 2.00), "float16": (1.30, 2.00)}
 # Gradients of a model larger than its activations; the room that these leave is not all in the right places.
 CPU_GRADIENTS = 1.6
 
