@@ -77,7 +77,7 @@ def nanogpt(clone: Path, text: Path, folder: Path) -> tuple[float, float, float]
     loss = subprocess.run(
         [sys.executable, "-c", NANOGPT_LOSS], cwd=folder, capture_output=True, text=True, check=True
     )
-    return prepared + trained, mib, float(loss.stdout)
+    return prepared + trained, mib, float(loss.stdout.split()[-1])
 
 
 def ours(text: Path, folder: Path, extra: list[str]) -> tuple[float, float, float]:

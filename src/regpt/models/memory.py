@@ -2,8 +2,8 @@
 
 On a CPU the figure is the resident set of the whole process, with malloc told to keep freed memory (train/allocator.py):
 the heap then holds more than is alive at any instant, and the factors here were fitted to 57 runs of 4 to 24 layers, 128
-to 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16, all of which they meet within 15 %, but for one
-(17 %). The same run repeated may differ by a tenth. On a GPU it is what PyTorch's allocator hands out; that has not been
+to 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16: they meet all within 15 % but one of the smallest
+(21 %). The same run repeated may differ by a tenth. On a GPU it is what PyTorch's allocator hands out; that has not been
 measured yet. torch.compile needs less.
 """
 
