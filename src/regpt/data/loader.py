@@ -19,8 +19,7 @@ from torch import Tensor
 
 from regpt.data.shards import Ids, TokenSplit
 from regpt.errors import ConfigError
-
-IGNORE = -1  # a target that no loss counts
+from regpt.models import IGNORE
 
 Words = NDArray[np.uint64]
 ROUNDS = 3  # with 2 the images of a handful of windows are measurably uneven

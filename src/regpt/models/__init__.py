@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # so that models/count.py answers without loading torch
 
 from regpt.config import ModelConfig
 
+IGNORE = -1  # a target that no loss counts
 VOCAB_MULTIPLE = 128  # matrix products are fastest where every side is a multiple of this
 
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
-from regpt.models import KVLayers, pad_vocab
+from regpt.models import IGNORE, KVLayers, pad_vocab
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
 MLP_RATIO = 4
-IGNORE = -1  # a target that does not count
 
 
 def check_shape(config: ModelConfig) -> None:
