@@ -28,6 +28,7 @@ LAYERS = [
     ["data", "models", "optim", "train.run", "train.machine"],
     ["train.checkpoint", "train.named", "train.load", "train.plan", "infer"],
     ["evals"],
+    ["train.estimate"],
     ["train.loop", "train.session", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]

@@ -10,7 +10,16 @@ import torch
 
 from regpt.config import Config, ModelConfig, TrainConfig, load_preset
 from regpt.errors import ConfigError, DeviceError
-from regpt.train.machine import PEAK_FLOPS, Machine, choose_dtype, data_sheet_flops, measure_flops, probe
+from regpt.train.estimate import with_time
+from regpt.train.machine import (
+    PEAK_FLOPS,
+    Machine,
+    choose_dtype,
+    data_sheet_flops,
+    measure_flops,
+    probe,
+    use,
+)
 from regpt.train.plan import as_dict, make_plan
 
 LAPTOP = Machine(
@@ -59,10 +68,33 @@ def test_an_automatic_micro_batch_keeps_the_global_batch_and_fits() -> None:
 
 def test_a_plan_is_pure() -> None:
     config = load_preset("demo").config
-    a, b = (make_plan(config, LAPTOP, vocab_size=4096, flops_rate=1e11) for _ in range(2))
+    a, b = (make_plan(config, LAPTOP, vocab_size=4096) for _ in range(2))
     assert a == b
     assert as_dict(a)["memory"]["total"] == a.memory.total  # type: ignore[index]
-    assert make_plan(config, LAPTOP, vocab_size=4096).time_s is None
+    assert a.time_s is None
+
+
+def test_time_is_measured_where_no_data_sheet_tells_it() -> None:
+    """In proportion to the steps, touching neither the plan's other fields nor the random numbers of the run."""
+    config = load_preset("demo").config
+    machine, before = probe("cpu"), torch.get_rng_state()
+    plan = make_plan(config, machine, vocab_size=512)
+    timed = with_time(plan, config, machine)
+    assert timed.time_s is not None and 0 < timed.time_s < math.inf
+    assert dataclasses.replace(timed, time_s=None) == plan
+    assert torch.equal(torch.get_rng_state(), before)
+    sheet = make_plan(config, A100, vocab_size=512)
+    assert with_time(sheet, config, A100) is sheet and sheet.time_s is not None
+
+
+def test_time_of_a_run_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer takes 3 s a pass and 0.5 s an update, all else 2 and 1; the pass was of half the rows."""
+    from regpt.train import estimate
+
+    monkeypatch.setattr(estimate, "_pass_and_update_s", lambda n, *_: (2.0 + 3.0 * n, 1.0 + 0.5 * n))
+    config = load_preset("demo").config  # 4 layers
+    plan = dataclasses.replace(make_plan(config, LAPTOP, vocab_size=512), n_micro=4, micro_rows=32, steps=10)
+    assert estimate.with_time(plan, config, LAPTOP).time_s == pytest.approx(10 * (4 * 14.0 * 2 + 3.0))
 
 
 @pytest.mark.parametrize(
@@ -181,3 +213,17 @@ def test_peak_flops_prefer_the_longer_name() -> None:
 )
 def test_the_data_sheet_is_found_by_whole_words(name: str, part: str | None) -> None:
     assert data_sheet_flops(name) == (PEAK_FLOPS[part] if part else None)
+
+
+def test_float32_products_stay_float32() -> None:
+    """Whatever library multiplies after `use`, the error is float32's: far from that of bfloat16 operands."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        use(probe("cpu", threads=1))
+        assert torch.get_num_threads() == 1
+        a, b = torch.randn(256, 256), torch.randn(256, 256)
+        exact = a.double() @ b.double()
+        assert (a @ b - exact).abs().max() < 1e-4 < (a.bfloat16() @ b.bfloat16() - exact).abs().max()
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])

@@ -35,19 +35,23 @@ def main(argv: list[str]) -> int:
     preset = load_preset(name)
     args = parse(Args, rest, prog="regpt plan", description=__doc__ or "", default=Args(config=preset.config))
     from regpt.data.corpus import known_corpus
-    from regpt.train.machine import choose_dtype, measure_flops, probe
+    from regpt.train.allocator import keep_memory
+    from regpt.train.estimate import with_time
+    from regpt.train.machine import probe, use
     from regpt.train.plan import as_dict, make_plan
 
     config = args.config
+    keep_memory()
     machine = probe(config.train.device, config.train.threads)
+    use(machine)
     vocab_size, sure, shards = known_corpus(config)
     plan = make_plan(
         config,
         machine,
         vocab_size=vocab_size,
         train_tokens=shards.split("train").n_tokens if shards else None,
-        flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
     )
+    plan = with_time(plan, config, machine)
     values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
     if not sure:

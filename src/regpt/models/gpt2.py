@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models import IGNORE, KVLayers, pad_vocab
+from regpt.models.attention import attend
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
 MLP_RATIO = 4
@@ -56,20 +57,9 @@ class Attention(nn.Module):
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        mask = None
         if cache is not None:
-            seen = cache.length
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
-            if seen and T > 1:  # is_causal aligns at the top left, which is wrong once S > T
-                mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-        )
+        y = attend(q, k, v, dropout=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return cast(Tensor, self.resid_dropout(self.c_proj(y)))
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from regpt.config import ModelConfig
 from regpt.models import pad_vocab
+from regpt.models.attention import by_products
 from regpt.models.count import count_parameters
 
 PROCESS_BYTES = 310 << 20  # Python, torch, its kernels, and Dynamo, which the first optimizer step imports
@@ -50,16 +53,20 @@ class Memory:
 def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> int:
     """What one layer keeps of one token from its forward pass for its backward pass.
 
-    With dropout there are its masks: a byte each on CUDA, numbers elsewhere. A fused attention keeps no T x T matrix; CPU
-    has none with dropout and MPS none in training. There queries, keys and values turn float32, and three such matrices
-    stay (weights, mask, their product) besides one in passing.
+    With dropout there are its masks: a byte each on CUDA, numbers elsewhere. A fused attention keeps no T x T matrix. Where
+    it is not used there is one a head, four with dropout (weights, mask, their product, and one in passing): on a CPU by
+    our own products (`models/attention.py`), or, with dropout, by PyTorch's, which turn queries, keys and values float32, as
+    MPS does in training.
     """
     width = 4 if dtype == "float32" else 2
     kept = ACTIVATION_BYTES[dtype] * config.n_embd
     if config.dropout:
         kept += 2 * config.n_embd * (1 if device_type == "cuda" else width)
-    if device_type == "mps" or (device_type == "cpu" and config.dropout):
-        kept += 3 * (4 - width) * config.n_embd + 4 * 4 * config.n_head * config.block_size
+    matrices = 4 if config.dropout else 1
+    if by_products(device_type, getattr(torch, dtype), config.block_size):
+        kept += matrices * width * config.n_head * config.block_size
+    elif device_type == "mps" or (device_type == "cpu" and config.dropout):
+        kept += 3 * (4 - width) * config.n_embd + matrices * 4 * config.n_head * config.block_size
     return kept
 
 

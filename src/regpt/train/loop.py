@@ -37,10 +37,10 @@ from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
 from regpt.train.track import Tracker
 
-EVAL_TOKENS = 16_384  # small micro-batches are evaluated in passes up to this size,
-EVAL_LOGITS = (
-    1 << 22
-)  # and with at most so many logits, so that evaluating needs no more memory than training
+# Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory),
+EVAL_TOKENS = {"cpu": 2_048}
+EVAL_TOKENS_ELSEWHERE = 16_384
+EVAL_LOGITS = 1 << 22  # and with at most so many logits, so that evaluating needs no more memory than training
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
 
@@ -103,7 +103,9 @@ class Trainer:
         )
         self.loader = loader
         self.val_split = val_split
-        tokens = min(EVAL_TOKENS, EVAL_LOGITS // plan.padded_vocab_size)
+        tokens = min(
+            EVAL_TOKENS.get(machine.kind, EVAL_TOKENS_ELSEWHERE), EVAL_LOGITS // plan.padded_vocab_size
+        )
         self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
         self.saved_step: int | None = None

@@ -21,10 +21,8 @@ from regpt.optim.groups import check_adamw
 from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine, choose_dtype
 
-# Share of the measured matrix-product rate that a training step reaches; measured on two CPU cores (36-49 % in float32,
-# 18-29 % in bfloat16) and published for one H200 running plain PyTorch (42 % of the data sheet).
-EFFICIENCY = {("cpu", "float32"): 0.40, ("cpu", "bfloat16"): 0.22}
-EFFICIENCY_ELSEWHERE = 0.40
+# Share of the data sheet's rate that plain PyTorch training reaches, as published for one H200.
+GPU_EFFICIENCY = 0.42
 MEMORY_SHARE = 0.85  # of the device's memory that an automatic micro-batch may plan for
 CPU_MICRO_TOKENS = 16_384  # larger micro-batches are no faster on a CPU, they only need more memory
 
@@ -54,7 +52,7 @@ class Plan:
     total_flops: float
     memory: Memory
     time_s: float | None
-    """Expected seconds of training steps; None where the machine's speed is unknown."""
+    """Expected seconds of training steps; None where no data sheet tells (`train/estimate.py` measures there)."""
 
 
 def make_plan(
@@ -63,7 +61,6 @@ def make_plan(
     *,
     vocab_size: int,
     train_tokens: int | None = None,
-    flops_rate: float | None = None,
     world: int = 1,
 ) -> Plan:
     """The plan of `config` on `world` machines like `machine`.
@@ -71,7 +68,6 @@ def make_plan(
     Args:
         vocab_size: ids that the tokenizer has.
         train_tokens: tokens in the training split, where they are known already.
-        flops_rate: measured FLOP/s of a matrix product; None: the data sheet's, or no time estimate.
 
     Raises:
         ConfigError: the settings contradict each other.
@@ -95,8 +91,7 @@ def make_plan(
     micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
     per_token = flops_per_token(config.model, vocab_size)
     total_tokens = config.train.steps * config.train.batch_tokens
-    rate = machine.peak_flops if machine.peak_flops and dtype != "float32" else flops_rate
-    efficiency = EFFICIENCY.get((machine.kind, dtype), EFFICIENCY_ELSEWHERE)
+    rate = machine.peak_flops if dtype != "float32" else None  # data sheets speak of 16 bits
     return Plan(
         device=machine.device,
         dtype=dtype,
@@ -114,7 +109,7 @@ def make_plan(
         flops_per_token=per_token,
         total_flops=per_token * total_tokens,
         memory=memory(micro_rows),
-        time_s=per_token * total_tokens / (rate * efficiency * world) if rate else None,
+        time_s=per_token * total_tokens / (rate * GPU_EFFICIENCY * world) if rate else None,
     )
 
 

@@ -22,8 +22,9 @@ from regpt.models.gpt2 import GPT2
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
+from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
-from regpt.train.machine import Machine, choose_dtype, measure_flops, probe
+from regpt.train.machine import Machine, probe, use
 from regpt.train.plan import Plan, as_dict, make_plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
@@ -60,8 +61,7 @@ def train(
     """
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
-    torch.set_num_threads(machine.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA; no effect elsewhere
+    use(machine)
     make_plan(config, machine, vocab_size=1)  # contradictions between settings show before any text is read
     check_trackers(config.track)
     run = RunDirectory(Path(out).expanduser())
@@ -84,8 +84,8 @@ def train(
             machine,
             vocab_size=tokenizer.vocab_size,
             train_tokens=shards.split("train").n_tokens,
-            flops_rate=measure_flops(machine, choose_dtype(config.train.dtype, machine, config.model)),
         )
+        plan = with_time(plan, config, machine)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop)

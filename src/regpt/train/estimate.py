@@ -1,0 +1,67 @@
+"""How long a run will take, by timing steps of the model's first one and two layers on this machine, now.
+
+A layer's time is their difference; all else (embedding, head, loss) is what remains. Measured at the run's own shapes,
+because no single rate describes a processor: a layer's products, attention and norms all reach other shares of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+
+import torch
+
+from regpt.config import Config
+from regpt.models.gpt2 import GPT2
+from regpt.optim.groups import adamw
+from regpt.train.machine import Machine
+from regpt.train.plan import Plan
+
+TRIAL_TOKENS = 2048  # of one timed pass; more rows take proportionally longer
+TRIAL_S = 0.4  # spent on timing each model, once it is warm
+
+
+def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
+    """The plan with `time_s`: as it is where a data sheet gave it, measured elsewhere; at most a few seconds of work.
+
+    The generator's state is left as it was.
+    """
+    if plan.time_s is not None:
+        return plan
+    rows = max(1, min(plan.micro_rows, TRIAL_TOKENS // config.model.block_size))
+    with torch.random.fork_rng(devices=[]):
+        one, two = (_pass_and_update_s(n, rows, plan, config, machine) for n in (1, 2))
+    layers = config.model.n_layer - 1
+    pass_s, update_s = (max(a, a + layers * (b - a)) for a, b in zip(one, two, strict=True))
+    step_s = plan.n_micro * pass_s * plan.micro_rows / rows + update_s
+    return dataclasses.replace(plan, time_s=plan.steps * step_s)
+
+
+def _pass_and_update_s(
+    n_layer: int, rows: int, plan: Plan, config: Config, machine: Machine
+) -> tuple[float, float]:
+    """Seconds of a forward and backward pass over `rows`, and of an update: each the best of some."""
+    shape = dataclasses.replace(config.model, n_layer=n_layer)
+    model = GPT2(shape, plan.vocab_size).to(machine.device)
+    optimizer = adamw(model, config.optim, machine.kind)
+    ids = torch.zeros(rows, shape.block_size, dtype=torch.int64, device=machine.device)
+    mixed = plan.dtype != "float32"
+    best_pass = best_update = float("inf")
+    began = None
+    while began is None or time.perf_counter() - began < TRIAL_S:
+        marks = [time.perf_counter()]
+        with torch.autocast(machine.kind, getattr(torch, plan.dtype)) if mixed else contextlib.nullcontext():
+            loss = model(ids, ids)
+        loss.backward()
+        loss.item()  # waits for the device
+        marks.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        marks.append(time.perf_counter())
+        if began is not None:  # the first time through warms up
+            best_pass = min(best_pass, marks[1] - marks[0])
+            best_update = min(best_update, marks[2] - marks[1])
+        began = began or marks[-1]
+    return best_pass, best_update
