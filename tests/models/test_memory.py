@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,54 +23,65 @@ from regpt.models.memory import memory_estimate, saved_bytes_per_token
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
 MIDDLE = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512}
-slow = pytest.mark.slow
+DROPOUT = {"dropout": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.libc_ver() >= ("glibc", "2.38") or torch.version.cuda is not None,
     reason="measured with glibc before 2.38, whose allocation of aligned blocks changed then, and PyTorch's CPU build",
 )
 @pytest.mark.parametrize(
-    ("shape", "vocab", "rows", "dtype", "n_micro", "steps"),
+    ("shape", "tokenizer", "rows", "dtype", "n_micro", "steps"),
     [
-        pytest.param(SMALL, 65, 12, "float32", 1, 4, marks=slow),
-        pytest.param(SMALL, 4096, 12, "bfloat16", 4, 2, marks=slow),
-        pytest.param(MIDDLE, 65, 16, "float32", 1, 4, marks=slow),
-        pytest.param(MIDDLE, 65, 16, "bfloat16", 1, 4, marks=slow),
-        pytest.param(MIDDLE, 65, 16, "float32", 4, 3, marks=slow),
-        pytest.param(MIDDLE | {"dropout": 0.2}, 65, 16, "float32", 1, 4, marks=slow),
-        pytest.param(MIDDLE | {"dropout": 0.2}, 65, 16, "bfloat16", 1, 4, marks=slow),
-        pytest.param(LARGE, 50257, 2, "float32", 1, 4, marks=slow),
-        pytest.param(LARGE, 50257, 2, "bfloat16", 1, 4, marks=slow),
-        pytest.param(LARGE, 50257, 2, "bfloat16", 2, 4, marks=slow),
+        (SMALL, "chars", 12, "float32", 1, 40),
+        (SMALL | {"n_embd": 192, "block_size": 128}, "chars", 16, "bfloat16", 1, 40),
+        (SMALL, "chars", 12, "bfloat16", 4, 40),
+        (MIDDLE, "chars", 16, "float32", 1, 4),
+        (MIDDLE, "chars", 16, "bfloat16", 1, 4),
+        (MIDDLE, "chars", 64, "bfloat16", 1, 4),
+        (MIDDLE, "chars", 16, "float32", 4, 4),
+        (MIDDLE | DROPOUT, "chars", 16, "float32", 1, 4),
+        (MIDDLE | DROPOUT, "chars", 64, "bfloat16", 1, 4),
+        (LARGE, "gpt2", 2, "float32", 1, 4),
+        (LARGE, "gpt2", 2, "bfloat16", 1, 4),
+        (LARGE, "gpt2", 2, "bfloat16", 2, 4),
     ],
     ids=str,
 )
-def test_peak_of_a_training_process(
-    shape: dict[str, Any], vocab: int, rows: int, dtype: str, n_micro: int, steps: int
+def test_peak_of_a_run(
+    shape: dict[str, Any],
+    tokenizer: str,
+    rows: int,
+    dtype: str,
+    n_micro: int,
+    steps: int,
+    tmp_path: Path,
+    test_data: Path,
 ) -> None:
-    """The resident set of a fresh process, within 15 %."""
-    request = {
-        "shape": shape,
-        "vocab": vocab,
-        "rows": rows,
-        "dtype": dtype,
-        "n_micro": n_micro,
-        "steps": steps,
+    """The resident set of `regpt train`, with its preparation, evaluation, sample and saves, within 15 % of its plan."""
+    flags = {f"model.{k}": v for k, v in shape.items()} | {
+        "data.source": test_data / "small/tinyshakespeare.txt",
+        "tokenizer.name": tokenizer,
+        "train.steps": steps,
+        "train.batch_tokens": rows * n_micro * shape["block_size"],
+        "train.micro_rows": rows,
+        "train.dtype": dtype,
+        "optim.warmup_steps": 1,
+        "eval.every": steps // 2,
     }
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("training_child.py"), json.dumps(request)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    measured = json.loads(done.stdout)
-    if not measured["kept"]:
-        pytest.skip("malloc does not take the settings here")
-    planned = memory_estimate(
-        ModelConfig(**shape), vocab, micro_rows=rows, dtype=dtype, device_type="cpu", n_micro=n_micro
-    )
-    assert planned.total == pytest.approx(measured["peak"], rel=0.15)
+    if tokenizer == "gpt2":
+        flags["tokenizer.files"] = test_data / "tokenizer"
+    command = [sys.executable, "-m", "regpt", "train", "demo", "--out", str(tmp_path / "run"), "--json"]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+    assert status == 0, (tmp_path / "log").read_text()
+    planned = json.loads((tmp_path / "run/run.json").read_text())["plan"]["memory"]["total"]
+    assert planned == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)
 
 
 def kept_by_autograd(layers: int, dtype: str, dropout: float) -> int:
