@@ -29,6 +29,17 @@ def test_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that they are fastest on one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """A connection to anything but this machine fails the test that asks for it, whatever the code then catches."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,14 +24,7 @@ from regpt.infer.sampling import choose, uniform
 from regpt.models.gpt2 import GPT2
 from regpt.tokenizers.bytes import ByteTokenizer
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- authorities --------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from regpt.errors import ConfigError
 from regpt.infer.cache import KVCache
 from regpt.models import KVLayers, pad_vocab
 from regpt.models.gpt2 import GPT2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = [GPT2]
 VOCAB, CONTEXT = 65, 24
@@ -34,15 +35,6 @@ class ListCache:
 
     def advance(self, positions: int) -> None:
         self.length += positions
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=MODELS, ids=lambda cls: cls.__name__)

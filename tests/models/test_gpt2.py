@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,16 +14,9 @@ from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models.gpt2 import GPT2, IGNORE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB = 211
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def built(vocab: int = VOCAB, *, seed: int = 0, **shape: Any) -> GPT2:

@@ -110,7 +110,7 @@ def test_without_locks_the_file_says_who(
     out: Path, owner: object, free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems have no locks; then a process that is known to be dead frees the run."""
-    monkeypatch.setattr(run_module, "_os_lock", lambda _: None)
+    monkeypatch.setattr(run_module, "lock_file", lambda _: None)
     out.mkdir(parents=True)
     (out / ".lock").write_text(json.dumps(owner) if owner else "")
     if free:

@@ -51,6 +51,9 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not stop us
+            stream.reconfigure(errors="replace")
     notes = cast(TextIO, _Notes(sys.stderr or io.StringIO()))  # None where the shell closed it: 2>&-
     with contextlib.redirect_stderr(notes):
         try:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from regpt.config import type_name
+from regpt.config import DEFAULT_PRESET, type_name
 from regpt.errors import ConfigError, UsageError, did_you_mean
 
 
@@ -250,3 +250,10 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600} h {s % 3600 // 60:02d} min"
     return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def preset_and_rest(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The preset that the command line names first, or the default one; and the other words."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], list(argv[1:])
+    return DEFAULT_PRESET, list(argv)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse
-from regpt.cli.train import preset_and_rest
+from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
 from regpt.config import Config, load_preset
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import secrets
 import sys
 import time
@@ -59,8 +58,6 @@ def main(argv: list[str]) -> int:
     """`regpt sample`."""
     args = parse(Args, argv, prog="regpt sample", description=__doc__ or "")
     out = Output(args)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character must not stop us
-        sys.stdout.reconfigure(errors="replace")
     prompt = read_prompt(args)
     settings: SamplingSettings = args.sampling
     if settings.seed is None:  # chosen here, so that it can be told
@@ -72,7 +69,7 @@ def main(argv: list[str]) -> int:
     from regpt.train.load import load_model
     from regpt.train.machine import probe
 
-    machine = probe(args.device)
+    machine = probe(args.device, setting="--device")
     loaded = load_model(args.run, device=machine.device, which=args.which, say=out.warn)
     loaded.model.to(getattr(torch, args.dtype))
     ids = prompt_ids(loaded.tokenizer, prompt)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse
-from regpt.config import DEFAULT_PRESET, Config, load_preset
+from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
+from regpt.config import Config, load_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +26,6 @@ class Args(CommonArgs):
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
-
-
-def preset_and_rest(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The preset that the command line names first, or the default one; and the other words."""
-    if argv and not argv[0].startswith("-"):
-        return argv[0], list(argv[1:])
-    return DEFAULT_PRESET, list(argv)
 
 
 def main(argv: list[str]) -> int:

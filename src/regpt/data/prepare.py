@@ -13,15 +13,13 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from regpt.data.documents import Document, Part, documents
 from regpt.data.shards import (
@@ -38,7 +36,7 @@ from regpt.data.workers import Tokenized, document_hash, tokenizing
 from regpt.data.writer import SplitWriter
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
-from regpt.train.durable import make_folder, replace_file, sync_folder, write_synced
+from regpt.train.durable import lock_file, make_folder, replace_file, sync_folder, write_synced
 
 ProgressFunction = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of the source's files; may raise to stop the work."""
@@ -416,7 +414,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
     while True:
         make_folder(path.parent)
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open while the lock is held)
-        if not _lock(file):
+        if lock_file(file) is False:  # where there are no locks we go on without
             file.seek(0)
             pid = file.read(20).decode(errors="replace") or "unknown"
             file.close()
@@ -432,21 +430,3 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         file.close()
-
-
-def _lock(file: BinaryIO | FileIO) -> bool:
-    """Whether we got it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(1 << 30)  # Windows locks bytes against reading; this one lies behind the number
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        # Some network file systems have no locks; then we go on without.
-        return e.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-    return True

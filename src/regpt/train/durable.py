@@ -1,4 +1,4 @@
-"""Files that survive a crash: written whole, hashed on the way, synced, and only then given their name."""
+"""Files that survive a crash: written whole, hashed on the way, synced, and only then given their name; and locks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # what network file systems without locks say
+LOCK_BYTE = 1 << 30  # Windows lets nobody read a locked byte, so it lies far behind the text
 CHUNK_BYTES = 4 << 20  # hashed and written while it is in the processor's cache
 
 
@@ -64,3 +67,27 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def lock_file(file: IO[bytes]) -> bool | None:
+    """Lock an open file until it is closed. False: somebody has it. None: there are no locks here."""
+    try:
+        import fcntl
+    except ImportError:
+        return _windows_lock(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        return None if e.errno in NO_LOCKS else False
+    return True
+
+
+def _windows_lock(file: IO[bytes]) -> bool:
+    import msvcrt
+
+    file.seek(LOCK_BYTE)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError:
+        return False
+    return True

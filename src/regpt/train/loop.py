@@ -40,7 +40,9 @@ from regpt.train.track import Tracker
 # Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory),
 EVAL_TOKENS = {"cpu": 2_048}
 EVAL_TOKENS_ELSEWHERE = 16_384
-EVAL_LOGITS = 1 << 22  # and with at most so many logits, so that evaluating needs no more memory than training
+EVAL_LOGITS = (
+    1 << 22
+)  # and with at most so many logits, so that evaluating needs no more memory than training
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
 

@@ -64,8 +64,8 @@ class Machine:
         return self.device.partition(":")[0]
 
 
-def probe(device: str = "auto", threads: int | None = None) -> Machine:
-    """The machine as `device` asks for it.
+def probe(device: str = "auto", threads: int | None = None, *, setting: str = "train.device") -> Machine:
+    """The machine as `device` asks for it; messages call that `setting`.
 
     Raises:
         DeviceError: the device is not here, naming what is.
@@ -79,16 +79,16 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
         raise ConfigError(
-            "train.device is not a device.", got=repr(device), expected="auto, cpu, cuda, cuda:N or mps"
+            f"{setting} is not a device.", got=repr(device), expected="auto, cpu, cuda, cuda:N or mps"
         )
     n_threads = threads or torch.get_num_threads()
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise DeviceError(
-                f"train.device={device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}"
+                f"{setting}={device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}"
                 f" that PyTorch {torch.__version__} can use.",
-                hint="--train.device auto",
+                hint=f"--{setting.removeprefix('--')} auto",
             )
         torch.cuda.set_device(int(index or 0))  # what says only "cuda", and every library, means this one
         facts = torch.cuda.get_device_properties(int(index or 0))
@@ -102,8 +102,8 @@ def probe(device: str = "auto", threads: int | None = None) -> Machine:
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(
-            f"train.device={device}: this machine has no Apple GPU that PyTorch can use.",
-            hint="--train.device auto",
+            f"{setting}={device}: this machine has no Apple GPU that PyTorch can use.",
+            hint=f"--{setting.removeprefix('--')} auto",
         )
     return Machine(
         device=kind,

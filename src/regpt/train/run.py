@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import importlib.metadata
 import json
 import math
@@ -25,15 +24,13 @@ from typing import IO, Any
 
 from regpt import __version__
 from regpt.errors import CheckpointError
-from regpt.train.durable import make_folder, replace_file, sync_folder
+from regpt.train.durable import lock_file, make_folder, replace_file, sync_folder
 
 FORMAT = 1
 OURS = {  # every name that may stand in a run before run.json does
     *(".lock", "run.json", ".run.json.tmp", "log.jsonl", "samples.jsonl", "tokenizer", "checkpoints"),
     *("tensorboard", "wandb", "wandb-id.txt", "report.html"),
 }
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # what network file systems without locks say
-LOCK_BYTE = 1 << 30  # Windows lets nobody read a locked byte, so it lies far behind the text
 
 
 class RunDirectory:
@@ -172,7 +169,7 @@ class RunDirectory:
     def _take_lock(self) -> None:
         path = self.path / ".lock"
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 (it stays open while the lock is held)
-        taken = _os_lock(file)
+        taken = lock_file(file)
         owner = _owner(file)
         if taken is None:  # there are no locks here: go by what the file says
             taken = not owner or (owner.get("host") == socket.gethostname() and not _alive(owner.get("pid")))
@@ -264,30 +261,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _os_lock(file: IO[bytes]) -> bool | None:
-    """Lock an open file until it is closed. False: somebody has it. None: there are no locks here."""
-    try:
-        import fcntl
-    except ImportError:
-        return _windows_lock(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        return None if e.errno in NO_LOCKS else False
-    return True
-
-
-def _windows_lock(file: IO[bytes]) -> bool:
-    import msvcrt
-
-    file.seek(LOCK_BYTE)
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError:
-        return False
-    return True
 
 
 def _owner(file: IO[bytes]) -> dict[str, Any]:
