@@ -92,7 +92,18 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training step. auto: on CUDA, with a logged fallback."""
     threads: int | None = None
-    """CPU threads. None: PyTorch's own choice."""
+    """CPU threads of one rank. None: PyTorch's own choice, or this host's cores shared among its ranks."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Above one rank. ddp: each holds the whole model; fsdp: each holds a part of every tensor (FSDP2)."""
+    shard_group: int | None = None
+    """fsdp: ranks among which one copy of the model is sharded (hybrid sharding). None: all of them."""
+    reduction: Literal["fast", "exact"] = "fast"
+    """How gradients are added up. exact: in one fixed tree order, the same to the bit on any number of ranks."""
+    checkpoint_activations: bool = False
+    """Keep only the stream between layers and compute the rest again in the backward pass: less memory, a third slower."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite. stop: exit 3; skip: leave the update out; rollback: go back to the last
+    checkpoint and pass over the rows between it and here. After 10 in a row, stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

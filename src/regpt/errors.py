@@ -7,6 +7,7 @@
     ├── CheckpointError          a checkpoint or run directory: damaged, missing, of another run
     ├── DeviceError              the machine: no such device, out of memory, a missing optional package
     ├── TrainingDiverged         a loss or gradient that is not finite (exit status 3)
+    ├── PeerFailed               another process of the same run failed, died or fell silent (its exit status, or 4)
     └── Interrupted              stopped by a signal, after saving (exit status 128 + its number: 130, 143)
 
 `assert` is for our own invariants only and never for what a user typed.
@@ -30,6 +31,8 @@ class RegptError(Exception):
     """
 
     exit_status = 2
+    told = False
+    """Another process of the same run says it, so this one need not."""
 
     def __init__(
         self, what: str, *, got: object = None, expected: object = None, hint: str | None = None
@@ -72,6 +75,14 @@ class TrainingDiverged(RegptError):
     """A loss or a gradient is not finite; the update was not applied."""
 
     exit_status = 3
+
+
+class PeerFailed(RegptError):
+    """Another process of the same run failed, died or fell silent; nothing is wrong with this one."""
+
+    def __init__(self, what: str, *, exit_status: int, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.exit_status = exit_status
 
 
 class Interrupted(RegptError):

@@ -19,6 +19,7 @@ LAYERS = [
     [
         "tokenizers",
         "train.dist",
+        "train.launch",
         "train.track",
         "train.signals",
         "train.allocator",
@@ -28,7 +29,7 @@ LAYERS = [
     ["data", "models", "optim", "train.run", "train.machine"],
     ["train.checkpoint", "train.named", "train.load", "train.plan", "infer"],
     ["evals"],
-    ["train.estimate"],
+    ["train.estimate", "train.parallel"],
     ["train.loop", "train.session", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]

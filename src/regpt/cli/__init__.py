@@ -72,6 +72,8 @@ def _report(error: BaseException, as_json: bool) -> int:
     if isinstance(error, RegptError):
         what, hint, status = error.what, error.hint, error.exit_status
         text = f"{kind}: {error}"
+        if error.told:
+            return status
     elif isinstance(error, KeyboardInterrupt):
         what, status = "stopped.", 130
         text = "\nstopped."

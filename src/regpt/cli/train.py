@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Args(CommonArgs):
     """The run directory. None: runs/<preset>."""
     fresh: bool = False
     """Begin anew; what stands in the run directory is moved aside."""
+    nproc: int = 1
+    """Processes on this machine: one for each GPU, as torchrun would start them. Several machines: torchrun itself."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
@@ -39,13 +42,22 @@ def main(argv: list[str]) -> int:
         description=f"{__doc__}\n\nPreset {preset.name}: {preset.about.summary}. Other presets: regpt presets",
         default=Args(config=preset.config),
     )
+    if args.nproc != 1 and "RANK" not in os.environ:
+        from regpt.train.launch import launch
+
+        return launch(args.nproc, ["train", *argv])
     out = Path(args.out or f"runs/{preset.name}").expanduser()
-    screen = Screen(Output(args), args.config)
+    main_rank = (
+        os.environ.get("RANK", "0") == "0"
+    )  # the others are not heard, unless something is wrong with them
+    screen = Screen(Output(args if main_rank else dataclasses.replace(args, quiet=True)), args.config)
     screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
     from regpt.train.session import train  # torch only from here on
 
     with screen:
         result = train(args.config, out, fresh=args.fresh, listen=screen.hear)
+    if not main_rank:
+        return 0
     lines = [f"trained {result.step} steps on {result.tokens:,} tokens in {duration(result.seconds)}"]
     if result.val_loss is not None:
         lines[0] += f"; validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte"

@@ -137,20 +137,27 @@ def _keys(seed: int, purpose: str) -> Words:
     ).astype(np.uint64)
 
 
-def eval_batches(split: TokenSplit, block_size: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(
+    split: TokenSplit, block_size: int, rows: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole split once, in order: every id but the first is a target exactly once.
 
     Args:
         rows: windows in one batch; the last batch may have fewer.
+        rank, world: of every `world` batches in turn, rank r has the r-th. All ranks have equally many: where the split
+            has run out, one without targets.
 
     Yields:
         x, y: (at most rows, block_size) int64; behind the split's end x is 0 and y is IGNORE.
     """
     targets = split.n_tokens - 1
-    for start in range(0, targets, rows * block_size):
+    starts = range(0, targets, rows * block_size)
+    for turn in range(-(-len(starts) // world)):
+        place = turn * world + rank
+        start = starts[place] if place < len(starts) else targets
         n = min(rows * block_size, targets - start)
         ids = split.read(start, n + 1)
-        x = np.zeros(-(-n // block_size) * block_size, dtype=np.int64)
+        x = np.zeros(max(-(-n // block_size), 1) * block_size, dtype=np.int64)
         y = np.full_like(x, IGNORE)
         x[:n], y[:n] = ids[:-1], ids[1:]
         yield torch.from_numpy(x).view(-1, block_size), torch.from_numpy(y).view(-1, block_size)

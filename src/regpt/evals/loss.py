@@ -12,6 +12,7 @@ import torch
 from regpt.data.loader import eval_batches
 from regpt.data.shards import TokenSplit
 from regpt.models import LanguageModel
+from regpt.train.dist import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def split_loss(
     device: str = "cpu",
     autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     between: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> SplitLoss:
     """The mean loss over every target of `split`, in windows of the model's context that do not overlap.
 
@@ -47,19 +49,25 @@ def split_loss(
         rows: windows in one forward pass; the result does not depend on it beyond rounding.
         autocast: opened around each forward pass.
         between: called between passes; may raise to stop.
+        ranks: share the passes; the result is the same to the bit on any number of them.
     """
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    sums: list[float] = []
+    count = 0
     try:
-        for x, y in eval_batches(split, model.config.block_size, rows):
+        for x, y in eval_batches(split, model.config.block_size, rows, ranks.rank, ranks.world):
             between()
             with autocast():
                 loss = model(x.to(device), y.to(device), reduction="sum")
-            total += float(loss)
+            sums.append(float(loss))
             count += int((y >= 0).sum())
     finally:
         model.train(was_training)
+    by_rank = ranks.gathered(torch.tensor(sums, dtype=torch.float64))
+    total = sum(torch.stack(by_rank, dim=1).flatten().tolist())  # in the order of the split
+    count = int(ranks.total(torch.tensor([count])))
     return SplitLoss(
         nats=total / count,
         tokens=count,

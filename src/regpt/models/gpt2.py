@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
@@ -109,6 +110,7 @@ class GPT2(nn.Module):
         super().__init__()
         check_shape(config)
         self.config, self.vocab_size, self.padded_vocab_size = config, vocab_size, pad_vocab(vocab_size)
+        self.checkpoint_activations = False  # set while training, where memory is short
         self.wte = nn.Embedding(self.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -146,7 +148,10 @@ class GPT2(nn.Module):
         pos = torch.arange(start, start + T, device=ids.device)
         x = self.drop(self.wte(ids) + self.wpe(pos))  # (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)  # dropout's random numbers are replayed
+            else:
+                x = block(x, cache)
         if cache is not None:
             cache.advance(T)
         return cast(Tensor, self.ln_f(x))

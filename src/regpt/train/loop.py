@@ -22,7 +22,7 @@ from regpt.config import Config
 from regpt.data.corpus import Listener
 from regpt.data.loader import Loader
 from regpt.data.shards import TokenSplit
-from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
+from regpt.errors import CheckpointError, DeviceError, Interrupted, PeerFailed, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
 from regpt.infer.engine import Piece, collect, generate
 from regpt.infer.settings import SamplingSettings
@@ -31,7 +31,10 @@ from regpt.optim.groups import adamw
 from regpt.optim.schedule import learning_rate
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
+from regpt.train.checkpoint import SaveFailed
+from regpt.train.dist import Ranks
 from regpt.train.machine import Machine, peak_memory_bytes
+from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
 from regpt.train.plan import Plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
@@ -43,6 +46,7 @@ EVAL_TOKENS_ELSEWHERE = 16_384
 EVAL_LOGITS = (
     1 << 22
 )  # and with at most so many logits, so that evaluating needs no more memory than training
+MAX_NONFINITE = 10  # losses or gradients in a row that are not finite, after which no policy goes on
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
 
@@ -61,6 +65,9 @@ class TrainState:
     sampled_step: int | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
+    skipped_steps: int = 0
+    """Global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
+    nonfinite_in_a_row: int = 0
     best_step: int | None = None
     best_val_loss: float | None = None
 
@@ -69,9 +76,10 @@ COUNTERS = [f.name for f in dataclasses.fields(TrainState) if f.name not in ("mo
 
 
 class Trainer:
-    """One run on one process.
+    """One run; above one rank every rank has a trainer, and all go through the same steps.
 
     Args:
+        ranks: who trains with us. Only rank 0 writes, logs and is heard.
         run: where checkpoints and the log go.
         facts: plain values stored with every checkpoint, so that it can be loaded without the run's settings.
         trackers, listen: hear of every event, after the log.
@@ -93,11 +101,15 @@ class Trainer:
         trackers: Sequence[Tracker],
         listen: Listener,
         stop: StopRequest,
+        ranks: Ranks,
     ) -> None:
         self.config, self.plan, self.machine, self.tokenizer = config, plan, machine, tokenizer
         self.run_directory, self.facts, self.stop = run, facts, stop
         self.trackers, self.listen = trackers, listen
+        self.ranks = ranks
         model.to(machine.device)
+        if plan.strategy == "fsdp":
+            shard(model, config, ranks, machine.device)
         self.state = TrainState(
             model=model,
             optimizer=adamw(model, config.optim, machine.kind),
@@ -109,7 +121,8 @@ class Trainer:
             EVAL_TOKENS.get(machine.kind, EVAL_TOKENS_ELSEWHERE), EVAL_LOGITS // plan.padded_vocab_size
         )
         self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
-        self.compute_loss: Callable[[Tensor, Tensor], Tensor] = model
+        self.gradients = Gradients(model, plan, ranks)
+        self.compute_loss: Callable[[Tensor, Tensor], Tensor] = self.gradients.module
         self.saved_step: int | None = None
         self.sampling = SamplingSettings(
             max_new_tokens=max(config.sample.tokens, 1),
@@ -118,7 +131,7 @@ class Trainer:
             seed=config.seed,
         )
         if plan.compile:
-            self.compute_loss = self._compiled(model)
+            self.compute_loss = self._compiled(self.gradients.module)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -161,25 +174,29 @@ class Trainer:
         rate = learning_rate(s.step, config.optim, plan.steps)
         for group in s.optimizer.param_groups:
             group["lr"] = rate
-        loss = torch.zeros((), device=self.machine.device)
         for micro in range(plan.n_micro):
             self.poll()
-            x, y = self.loader.batch(s.step, micro, plan.n_micro)
-            self.seed_dropout(s.step, micro)
+            x, y = self.loader.batch(
+                s.step + s.skipped_steps, micro, plan.n_micro, self.ranks.rank, plan.world
+            )
+            self.seed_dropout(s.step + s.skipped_steps, micro)
+            self.gradients.before(micro)
             with self.autocast():
-                micro_loss = self.compute_loss(self.move(x), self.move(y)) / plan.n_micro
-            s.scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
-            loss += micro_loss.detach()
+                micro_loss = self.compute_loss(self.move(x), self.move(y))
+            s.scaler.scale(micro_loss * self.gradients.scale).backward()  # type: ignore[no-untyped-call]
+            self.gradients.after(micro_loss)
+        loss = self.gradients.finish()
         s.scaler.unscale_(s.optimizer)
-        norm = nn.utils.clip_grad_norm_(s.model.parameters(), config.optim.clip_norm or math.inf)
-        self.check_finite(float(loss), float(norm))
+        norm = grad_norm(s.model.parameters(), config.optim.clip_norm or math.inf)
+        if not self.check_finite(loss, norm):
+            return
         self.update()
         s.step += 1
         s.seconds += (took := time.perf_counter() - began)
         if s.step == 1:
-            self.check_first_loss(float(loss))
+            self.check_first_loss(loss)
         if s.step == 1 or s.step == plan.steps or _due(s.step, config.track.log_every):
-            self.say("step", s.step, self._numbers(float(loss), float(norm), rate, took))
+            self.say("step", s.step, self._numbers(loss, norm, rate, took))
 
     def evaluate(self) -> None:
         """The loss over the whole validation split."""
@@ -196,6 +213,7 @@ class Trainer:
                 device=self.machine.device,
                 autocast=self.autocast,
                 between=self.poll,
+                ranks=self.ranks,
             )
         except _Stopped:
             s.evaluated_step = None
@@ -253,26 +271,63 @@ class Trainer:
 
     def poll(self) -> None:
         """Leave the work here if a signal asked for it. No update is half made at any place that calls this."""
-        if self.stop:
+        self.ranks.doing = f"step {self.state.step}"
+        signum = self.ranks.largest(
+            self.stop.signum or 0
+        )  # a signal to one rank stops all, at the same place
+        if signum:
+            self.stop.signum = signum
+            self.gradients.drop()
             self.state.optimizer.zero_grad(set_to_none=True)
             raise _Stopped
 
-    def check_finite(self, loss: float, norm: float) -> None:
+    def check_finite(self, loss: float, norm: float) -> bool:
         """Before the update: a loss or gradient that is not finite must not reach the weights."""
-        scaling = (
-            self.state.scaler.is_enabled()
-        )  # float16 overflows now and then; the scaler skips that update
+        s = self.state
+        scaling = s.scaler.is_enabled()  # float16 overflows now and then; the scaler skips that update
         if math.isfinite(loss) and (math.isfinite(norm) or scaling):
-            return
-        step, rows = self.state.step, self.plan.batch_rows
+            s.nonfinite_in_a_row = 0
+            return True
+        s.nonfinite_in_a_row += 1
+        rows, data_step, policy = self.plan.batch_rows, s.step + s.skipped_steps, self.config.train.nonfinite
         what = "loss" if not math.isfinite(loss) else "gradient norm"
-        raise TrainingDiverged(
-            f"the {what} at step {step} is {loss if what == 'loss' else norm}; the update was not made.",
-            got=f"rows {step * rows} to {(step + 1) * rows - 1}, learning rate "
-            f"{learning_rate(step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
+        error = TrainingDiverged(
+            f"the {what} at step {s.step} is {loss if what == 'loss' else norm}; the update was not made.",
+            got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
+            f"{learning_rate(s.step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
             f"is of step {self.saved_step if self.saved_step is not None else 'none'}",
         )
+        s.optimizer.zero_grad(set_to_none=True)
+        if policy == "stop" or s.nonfinite_in_a_row > MAX_NONFINITE:
+            raise error
+        if policy == "skip":
+            self.say("note", s.step, {"text": f"{error.what} Its rows are left out (train.nonfinite=skip)."})
+            s.step += 1
+        else:
+            self._roll_back(error, data_step)
+        return False
+
+    def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
+        """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
+        s, times = self.state, self.state.nonfinite_in_a_row
+        found = self.ranks.together(
+            lambda: (
+                checkpoint.newest_valid(self.run_directory.checkpoints, say=lambda _: None)
+                if self.ranks.main
+                else None
+            )
+        )
+        if not self.ranks.from_main(found is not None):
+            raise error
+        self.restore(found)
+        s.skipped_steps, s.nonfinite_in_a_row = data_step + 1 - s.step, times
+        if self.ranks.main:
+            self.run_directory.rewind(s.step)
+        text = (
+            f"{error.what} Back to step {s.step}, and past the rows up to there (train.nonfinite=rollback)."
+        )
+        self.say("note", s.step, {"text": text})
 
     def check_first_loss(self, loss: float) -> None:
         """A fresh model knows nothing, so its loss is ln(V); anything else is a fault worth a word."""
@@ -290,7 +345,7 @@ class Trainer:
     def seed_dropout(self, step: int, micro: int) -> None:
         """Dropout's masks depend on the seed, the step, and which rows of the global batch the micro-batch holds."""
         if self.config.model.dropout:
-            row = micro * self.plan.micro_rows
+            row = (self.ranks.rank * self.plan.n_micro + micro) * self.plan.micro_rows
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -301,49 +356,76 @@ class Trainer:
             required: a failure ends the run. Otherwise it is said, and training goes on to the next save: the
                 checkpoints that are there stay as they are.
         """
-        s = self.state
+        s, ranks = self.state, self.ranks
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
+        model, optimizer = whole(named.model_tensors(s.model)), whole(tensors)
         began = time.perf_counter()
-        self.run_directory.sync()  # no step below the checkpoint may miss its line
-        folder = self.run_directory.checkpoints
-        try:
-            path = checkpoint.save_checkpoint(
-                folder,
-                step=s.step,
-                model=named.model_tensors(s.model),
-                optimizer=tensors,
-                state=self.facts
-                | {name: getattr(s, name) for name in COUNTERS}
-                | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
-            )
-            self.saved_step = s.step
-            checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
-        except checkpoint.SaveFailed as e:
-            if required:
-                raise
-            self.say("note", s.step, {"text": f"{e}\n  training goes on; the next save will try again."})
+        failure: SaveFailed | None = None
+        if ranks.main:
+            try:
+                self._write(model, optimizer, scalars)
+            except SaveFailed as e:
+                failure = e
+        told = ranks.from_main(str(failure) if failure else None)
+        if told and required:
+            raise failure or PeerFailed(told, exit_status=SaveFailed.exit_status)
+        if told:
+            self.say("note", s.step, {"text": f"{told}\n  training goes on; the next save will try again."})
             return
-        self.say("save", s.step, {"path": path.name, "save_s": time.perf_counter() - began})
+        self.saved_step = s.step
+        name = checkpoint.checkpoint_name(s.step)
+        self.say("save", s.step, {"path": name, "save_s": time.perf_counter() - began})
 
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Continue from a verified checkpoint."""
-        s = self.state
-        named.load_model_tensors(s.model, found.model_tensors())
-        optimizer = found.optimizer_tensors()
-        if optimizer is None:
-            raise CheckpointError(
-                f"{found.path} holds weights only, so training cannot continue from it.",
-                hint="train in another --out, or --fresh",
-            )
-        named.load_optimizer(s.model, s.optimizer, optimizer, found.state["optimizer_scalars"])
-        if found.state["scaler"]:  # empty where the run was not in float16 so far
-            s.scaler.load_state_dict(found.state["scaler"])
+    def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+        """Rank 0's part of saving. Raises SaveFailed."""
+        s, folder = self.state, self.run_directory.checkpoints
+        self.run_directory.sync()  # no step below the checkpoint may miss its line
+        checkpoint.save_checkpoint(
+            folder,
+            step=s.step,
+            model=model,
+            optimizer=optimizer,
+            state=self.facts
+            | {name: getattr(s, name) for name in COUNTERS}
+            | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
+        )
+        checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
+
+    def restore(self, found: checkpoint.Checkpoint | None) -> None:
+        """Continue from a verified checkpoint, which only rank 0 reads; the others give None."""
+        s, ranks = self.state, self.ranks
+
+        def read() -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+            if found is None:
+                return None
+            weights, moments = found.model_tensors(), found.optimizer_tensors()
+            if moments is None:
+                raise CheckpointError(
+                    f"{found.path} holds weights only, so training cannot continue from it.",
+                    hint="train in another --out, or --fresh",
+                )
+            named.check_model_tensors(s.model, weights)
+            return weights, moments
+
+        parts = ranks.together(read)
+        state = ranks.from_main(found.state if found else None)
+        own, like = named.model_tensors(s.model), dict(s.model.named_parameters())
+        with torch.no_grad():
+            for name, t in spread(parts and parts[0], sorted(own), own, ranks):
+                own[name].copy_(t)
+        keys = ranks.from_main(sorted(parts[1]) if parts else None)
+        moments = dict(spread(parts and parts[1], keys, {k: like[k.rpartition(".")[0]] for k in keys}, ranks))
+        named.load_optimizer(s.model, s.optimizer, moments, state["optimizer_scalars"])
+        if state["scaler"]:  # empty where the run was not in float16 so far
+            s.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
-            setattr(s, name, found.state[name])
+            setattr(s, name, state.get(name, getattr(s, name)))
         self.saved_step = s.step
 
     def say(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Into the log, to the trackers, to whoever listens."""
+        """Into the log, to the trackers, to whoever listens; from rank 0 only."""
+        if not self.ranks.main:
+            return
         self.run_directory.log(event, step, values)
         for tracker in self.trackers:
             tracker.event(event, step, values)

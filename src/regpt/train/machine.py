@@ -81,14 +81,23 @@ def probe(device: str = "auto", threads: int | None = None, *, setting: str = "t
         raise ConfigError(
             f"{setting} is not a device.", got=repr(device), expected="auto, cpu, cuda, cuda:N or mps"
         )
-    n_threads = threads or torch.get_num_threads()
+    local_rank, local_world = (
+        int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    n_threads = threads or max(
+        1, torch.get_num_threads() if local_world == 1 else (os.cpu_count() or 1) // local_world
+    )
+    if kind == "cuda" and not index:
+        index = str(local_rank)  # each rank of a host has its own
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise DeviceError(
                 f"{setting}={device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}"
                 f" that PyTorch {torch.__version__} can use.",
-                hint=f"--{setting.removeprefix('--')} auto",
+                hint=f"--{setting.removeprefix('--')} auto"
+                if local_world == 1
+                else f"at most {count} processes on this machine: this is local rank {local_rank}",
             )
         torch.cuda.set_device(int(index or 0))  # what says only "cuda", and every library, means this one
         facts = torch.cuda.get_device_properties(int(index or 0))
@@ -108,7 +117,7 @@ def probe(device: str = "auto", threads: int | None = None, *, setting: str = "t
     return Machine(
         device=kind,
         name=_cpu_name(),
-        memory_bytes=host_memory_bytes(),
+        memory_bytes=host_memory_bytes() // local_world,
         threads=n_threads,
         peak_flops=None,
         fast_bf16=kind == "cpu" and bool(BF16_FLAGS & _cpu_flags()),

@@ -22,6 +22,14 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming the tensor that does not fit. The model is untouched then.
     """
+    check_model_tensors(model, tensors)
+    with torch.no_grad():
+        for name, t in model_tensors(model).items():
+            t.copy_(tensors[name])
+
+
+def check_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError, naming it, for a tensor that does not fit the model."""
     own = model_tensors(model)
     _same_names("weights", tensors, own)
     for name, t in own.items():
@@ -29,9 +37,6 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if (new.shape, new.dtype) != (t.shape, t.dtype):
             got, expected = (f"{tuple(x.shape)} {x.dtype}" for x in (new, t))
             raise CheckpointError(f"the weight {name} does not fit this model.", got=got, expected=expected)
-    with torch.no_grad():
-        for name, t in own.items():
-            t.copy_(tensors[name])
 
 
 def optimizer_tensors(

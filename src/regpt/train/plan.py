@@ -35,6 +35,8 @@ class Plan:
     dtype: str
     compile: bool
     world: int
+    strategy: str
+    reduction: str
     batch_rows: int
     """Rows of block_size tokens in one update, over all ranks."""
     micro_rows: int
@@ -77,6 +79,7 @@ def make_plan(
     if config.train.compile == "on" and machine.kind == "mps":
         raise ConfigError("train.compile=on is not supported on mps.", hint="--train.compile auto")
     dtype = choose_dtype(config.train.dtype, machine, config.model)
+    _check_ranks(config, world, dtype)
 
     def memory(micro_rows: int) -> Memory:
         return memory_estimate(
@@ -88,6 +91,11 @@ def make_plan(
             n_micro=rows // world // micro_rows,
         )
 
+    if config.train.reduction == "exact" and world > 1 and not config.train.micro_rows:
+        raise ConfigError(
+            "train.reduction=exact over several ranks needs train.micro_rows: it is the same on any number of ranks.",
+            hint=f"--train.micro-rows {max(rows // world // 2, 1)}",
+        )
     micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
     per_token = flops_per_token(config.model, vocab_size)
     total_tokens = config.train.steps * config.train.batch_tokens
@@ -97,6 +105,8 @@ def make_plan(
         dtype=dtype,
         compile=config.train.compile == "on" or (config.train.compile == "auto" and machine.kind == "cuda"),
         world=world,
+        strategy=config.train.strategy if world > 1 else "one rank",
+        reduction=config.train.reduction,
         batch_rows=rows,
         micro_rows=micro_rows,
         n_micro=rows // world // micro_rows,
@@ -143,6 +153,31 @@ def _check(config: Config) -> None:
         raise ConfigError("sample.temperature must be 0 (greedy) or more.", got=config.sample.temperature)
     if not 0 <= config.seed < 2**63:
         raise ConfigError("seed must lie in [0, 2^63).", got=config.seed)
+
+
+def _check_ranks(config: Config, world: int, dtype: str) -> None:
+    """What cannot be combined over several ranks."""
+    t = config.train
+    if world == 1:
+        return
+    if t.strategy == "fsdp" and t.reduction == "exact":
+        raise ConfigError(
+            "train.reduction=exact needs train.strategy=ddp: FSDP adds up in NCCL's and Gloo's order."
+        )
+    if t.strategy == "fsdp" and dtype == "float16":
+        raise ConfigError("train.strategy=fsdp does not train in float16.", hint="--train.dtype bfloat16")
+    group = t.shard_group
+    if group is not None and (group < 2 or world % group):
+        raise ConfigError(
+            f"train.shard_group={group} does not divide {world} ranks into groups of two or more."
+        )
+    if t.reduction == "exact" and t.micro_rows:
+        n_micro = t.batch_tokens // (world * t.micro_rows * config.model.block_size)
+        if n_micro & (n_micro - 1):
+            raise ConfigError(
+                f"train.reduction=exact needs a power of two of micro-batches a rank; here are {n_micro}.",
+                hint="another number of ranks, --train.micro-rows or --train.batch-tokens",
+            )
 
 
 def _batch_rows(config: Config, world: int) -> int:

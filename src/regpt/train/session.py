@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,19 @@ from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
-from regpt.errors import CheckpointError, DeviceError
+from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
+from regpt.train.dist import Ranks, joined
 from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
 from regpt.train.machine import Machine, probe, use
 from regpt.train.plan import Plan, as_dict, make_plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import check_trackers, make_trackers
+from regpt.train.track import Tracker, check_trackers, make_trackers
 
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
 FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
@@ -61,34 +64,59 @@ def train(
     """
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
+    with joined(machine.kind) as ranks:
+        try:
+            heard = listen if ranks.main else lambda *_: None
+            return _train(config, Path(out).expanduser(), fresh, heard, machine, ranks)
+        except (Interrupted, TrainingDiverged) as e:
+            e.told = not ranks.main  # it is the same on all
+            raise
+
+
+def _train(
+    config: Config, out: Path, fresh: bool, listen: Listener, machine: Machine, ranks: Ranks
+) -> TrainResult:
+    """`train` on one rank."""
     use(machine)
-    make_plan(config, machine, vocab_size=1)  # contradictions between settings show before any text is read
-    check_trackers(config.track)
-    run = RunDirectory(Path(out).expanduser())
-    _check_place(run)
-    kept = None if fresh else _check_same_run(run, config, listen)
-    tokenizer, shards = corpus(config, listen, kept_tokenizer=kept)
-    tokenizer.encode(
-        config.sample.prompt
-    )  # a character that the tokenizer lacks is refused now, not at a sample
-    loader = Loader(
-        shards.split("train"),
-        block_size=config.model.block_size,
-        batch_rows=config.train.batch_tokens // config.model.block_size,
-        seed=config.seed,
-        order=config.data.order,
+    # Contradictions between settings show before any text is read.
+    ranks.together(lambda: make_plan(config, machine, vocab_size=1, world=ranks.world))
+    run = RunDirectory(out)
+
+    def check() -> Path | None:
+        check_trackers(config.track)
+        if not ranks.main:
+            return None
+        _check_place(run)
+        return None if fresh else _check_same_run(run, config, listen)
+
+    kept = run.tokenizer if ranks.from_main(ranks.together(check) is not None) else None
+    tokenizer, shards = ranks.first_on_each_host(lambda: corpus(config, listen, kept_tokenizer=kept))
+    # A character that the tokenizer lacks is refused now, not at a sample.
+    ranks.together(lambda: tokenizer.encode(config.sample.prompt))
+    loader = ranks.together(
+        lambda: Loader(
+            shards.split("train"),
+            block_size=config.model.block_size,
+            batch_rows=config.train.batch_tokens // config.model.block_size,
+            seed=config.seed,
+            order=config.data.order,
+        )
     )
-    with stop_on_signal() as stop, RunDirectory.open(run.path, fresh=fresh) as run:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal())
+        opened = ranks.together(lambda: RunDirectory.open(run.path, fresh=fresh) if ranks.main else run)
+        run = stack.enter_context(opened)
         plan = make_plan(
             config,
             machine,
             vocab_size=tokenizer.vocab_size,
             train_tokens=shards.split("train").n_tokens,
+            world=ranks.world,
         )
         plan = with_time(plan, config, machine)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
-            trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop)
+            trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
             try:
                 trainer.run()
             finally:
@@ -122,6 +150,7 @@ def _trainer(
     run: RunDirectory,
     listen: Listener,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> Trainer:
     """A trainer at step 0, or where the newest valid checkpoint stands; the run directory says what it is."""
     facts = {
@@ -134,17 +163,21 @@ def _trainer(
     def note(text: str) -> None:
         listen("note", 0, {"text": text})
 
-    before = run.read() if run.begun else None
-    found = checkpoint.newest_valid(run.checkpoints, say=note)
-    _check_facts(facts, found, run)
-    resumed_step = found.step if found is not None else None
-    trackers = make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=resumed_step)
+    before = run.read() if ranks.main and run.begun else None
+
+    found = ranks.together(lambda: _newest(run, facts, note) if ranks.main else None)
+    trackers: list[Tracker] = []
+    if ranks.main:
+        step = found.step if found is not None else None
+        trackers = make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=step)
     torch.manual_seed(config.seed)
+    model = GPT2(config.model, tokenizer.vocab_size)
+    model.checkpoint_activations = config.train.checkpoint_activations
     trainer = Trainer(
         config,
         plan,
         machine,
-        GPT2(config.model, tokenizer.vocab_size),
+        model,
         tokenizer,
         loader,
         shards.split("val") if "val" in shards.splits else None,
@@ -153,21 +186,32 @@ def _trainer(
         trackers=trackers,
         listen=listen,
         stop=stop,
+        ranks=ranks,
     )
-    if found is not None:
+    if ranks.from_main(found is not None):
         trainer.restore(found)
     if before is not None:
         run.rewind(trainer.state.step)
         _say_what_breaks_bits(before, plan, machine, listen)
         listen("resume", trainer.state.step, {"run": str(run.path)})
-    tokenizer.save(run.tokenizer)
-    run.begin(
-        config=to_dict(config),
-        plan=as_dict(plan),
-        facts=facts | {"text": text_identity(config)},
-        machine=dataclasses.asdict(machine),
-    )
+    if ranks.main:
+        tokenizer.save(run.tokenizer)
+        run.begin(
+            config=to_dict(config),
+            plan=as_dict(plan),
+            facts=facts | {"text": text_identity(config)},
+            machine=dataclasses.asdict(machine),
+        )
     return trainer
+
+
+def _newest(
+    run: RunDirectory, facts: dict[str, Any], note: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """The newest valid checkpoint, of this text and tokenizer."""
+    found = checkpoint.newest_valid(run.checkpoints, say=note)
+    _check_facts(facts, found, run)
+    return found
 
 
 def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, listen: Listener) -> None:

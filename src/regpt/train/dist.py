@@ -1,0 +1,220 @@
+"""Processes that train together: who we are, what all must agree on, and who has gone silent.
+
+Everything is PyTorch's own: torchrun starts the processes and says who they are (RANK, WORLD_SIZE, LOCAL_RANK), Gloo
+carries what lies on a CPU, NCCL what lies on a GPU. Every method here is a collective: all ranks call it, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from regpt.errors import DeviceError, PeerFailed, RegptError
+
+Result = TypeVar("Result")
+
+BEAT_S = 1.0  # every process says so often that it is alive,
+SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
+COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
+PEER_EXIT = 4  # the exit status where another rank's silence ended us
+
+
+@dataclass(kw_only=True)
+class Ranks:
+    """Our place among the processes of a run. The defaults are a process that trains alone."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    store: Any = field(default=None, repr=False)
+    """torch.distributed.Store: keys and values that all processes see."""
+    doing: str = "starting"
+    """What we are at; other ranks name it if we fall silent."""
+
+    @property
+    def main(self) -> bool:
+        """Whether we are the one that writes."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place, of a tensor on the CPU or on our device."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """Every rank's tensor of the same shape and dtype, by rank."""
+        if self.world == 1:
+            return [values]
+        out = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(out, values)
+        return out
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' numbers."""
+        if self.world == 1:
+            return value
+        one = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(one, op=dist.ReduceOp.MAX)
+        return int(one)
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value`, JSON or None, on every rank; what the others give is not looked at."""
+        if self.world == 1:
+            return value
+        text = json.dumps(value).encode() if self.main else b""
+        data = torch.zeros(self.largest(len(text)), dtype=torch.uint8)
+        if self.main:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(data, 0)
+        return json.loads(data.numpy().tobytes())
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on this rank; where it fails on any rank with an error of ours, every rank raises.
+
+        Raises:
+            RegptError: our own error, on the first rank that has one.
+            PeerFailed: on the others; it need not be said again.
+        """
+        if self.world == 1:
+            return work()
+        error: RegptError | None = None
+        try:
+            result = work()
+        except RegptError as e:
+            error = e
+        first = self.world - 1 - self.largest(self.world - 1 - self.rank if error else -1)
+        worst = self.largest(error.exit_status if error else 0)
+        if not worst:
+            return result
+        if error and self.rank == first:
+            raise error
+        failed = PeerFailed(f"rank {first} failed.", exit_status=worst)
+        failed.told = True
+        raise failed
+
+    def first_on_each_host(self, work: Callable[[], Result]) -> Result:
+        """`work` on local rank 0, however long it takes, then, with its result on the disk, on the others of the host.
+
+        Raises as `together` does.
+        """
+        first = self.local_rank == 0
+        result = self.together(work if first else lambda: None)
+        later = self.together(work if not first else lambda: None)
+        return cast(Result, result if first else later)
+
+
+@contextlib.contextmanager
+def joined(kind: str) -> Iterator[Ranks]:
+    """Our place among the processes that torchrun started; alone where it did not.
+
+    Args:
+        kind: of device: cuda, cpu or mps.
+
+    Raises:
+        DeviceError: the processes cannot find one another, or a peer was lost on the way (`PeerFailed`).
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield Ranks()
+        return
+    timeout = datetime.timedelta(seconds=COLLECTIVE_S)
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (RuntimeError, ValueError) as e:
+        raise DeviceError(
+            f"rank {os.environ['RANK']} of {world} does not find the others: {str(e).splitlines()[0]}",
+            hint="the same --rdzv-endpoint on every node, and a network between them",
+        ) from e
+    ranks = Ranks(
+        rank=rank,
+        world=world,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        store=store,
+    )
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ranks, over), name="regpt-heartbeat", daemon=True)
+    watch.start()
+    try:
+        yield ranks
+    except RuntimeError as e:
+        if not _connection_lost(e):
+            raise
+        raise PeerFailed(
+            f"rank {ranks.rank} of {world}, {ranks.doing}: a peer was lost: {str(e).splitlines()[0]}",
+            hint="the first rank to fail says why; the same command continues from the last checkpoint",
+            exit_status=PEER_EXIT,
+        ) from e
+    finally:
+        over.set()
+        watch.join()
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    said = str(error).lower()
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return any(
+        s in said for s in ("connection closed by peer", "connection reset", "timed out waiting", "gloo")
+    )
+
+
+def _watch(ranks: Ranks, over: threading.Event) -> None:
+    """Say that we are alive, and end the process, diagnosed, when another has not said so for long."""
+    store = ranks.store.clone()
+    last = {other: ("", time.monotonic()) for other in range(ranks.world) if other != ranks.rank}
+    count = 0
+    while not over.wait(BEAT_S):
+        count += 1
+        try:
+            store.set(f"regpt/beat/{ranks.rank}", f"{count} {ranks.doing}")
+            for other, (beat, since) in last.items():
+                key = f"regpt/beat/{other}"
+                now = store.get(key).decode() if store.check([key]) else ""
+                if now != beat:
+                    last[other] = (now, time.monotonic())
+                elif time.monotonic() - since > SILENT_S:
+                    _give_up(ranks, other, beat.partition(" ")[2] or "starting")
+        except RuntimeError:  # the store went with the process or the agent that held it
+            if not over.wait(SILENT_S):
+                _give_up(ranks, None, "")
+            return
+
+
+def _give_up(ranks: Ranks, other: int | None, doing: str) -> None:
+    """A collective that waits for a lost peer cannot be left in any other way than by leaving the process."""
+    who = "the rendezvous store" if other is None else f"rank {other} (last known: {doing})"
+    sys.stderr.write(
+        f"PeerFailed: rank {ranks.rank} of {ranks.world}, {ranks.doing}: {who} has been silent for {SILENT_S:.0f} s.\n"
+        "  try: the same command continues from the last checkpoint. Where this rank stood:\n"
+    )
+    sys.stderr.flush()
+    with contextlib.suppress(Exception):
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr)
+    os._exit(PEER_EXIT)
