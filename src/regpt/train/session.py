@@ -31,7 +31,7 @@ from regpt.train.machine import Machine, probe, use
 from regpt.train.plan import Plan, as_dict, make_plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import Tracker, check_trackers, make_trackers
+from regpt.train.track import check_trackers, make_trackers
 
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
 FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
@@ -164,12 +164,8 @@ def _trainer(
         listen("note", 0, {"text": text})
 
     before = run.read() if ranks.main and run.begun else None
-
     found = ranks.together(lambda: _newest(run, facts, note) if ranks.main else None)
-    trackers: list[Tracker] = []
-    if ranks.main:
-        step = found.step if found is not None else None
-        trackers = make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=step)
+    step = found.step if found is not None else None
     torch.manual_seed(config.seed)
     model = GPT2(config.model, tokenizer.vocab_size)
     model.checkpoint_activations = config.train.checkpoint_activations
@@ -183,7 +179,9 @@ def _trainer(
         shards.split("val") if "val" in shards.splits else None,
         run=run,
         facts=facts,
-        trackers=trackers,
+        trackers=make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=step)
+        if ranks.main
+        else [],
         listen=listen,
         stop=stop,
         ranks=ranks,
