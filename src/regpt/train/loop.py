@@ -285,14 +285,22 @@ class Trainer:
         """Before the update: a loss or gradient that is not finite must not reach the weights."""
         s = self.state
         scaling = s.scaler.is_enabled()  # float16 overflows now and then; the scaler skips that update
-        if math.isfinite(loss) and (math.isfinite(norm) or scaling):
+        finite = math.isfinite(loss) and (math.isfinite(norm) or scaling)
+        if not self.ranks.largest(not finite):
             s.nonfinite_in_a_row = 0
             return True
         s.nonfinite_in_a_row += 1
         rows, data_step, policy = self.plan.batch_rows, s.step + s.skipped_steps, self.config.train.nonfinite
-        what = "loss" if not math.isfinite(loss) else "gradient norm"
+        what = (
+            "loss"
+            if not math.isfinite(loss)
+            else "gradient norm"
+            if not finite
+            else "gradient of another rank"
+        )
+        number = "not finite" if finite else loss if what == "loss" else norm
         error = TrainingDiverged(
-            f"the {what} at step {s.step} is {loss if what == 'loss' else norm}; the update was not made.",
+            f"the {what} at step {s.step} is {number}; the update was not made.",
             got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
             f"{learning_rate(s.step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
