@@ -11,8 +11,13 @@ The public names; each is imported when it is first asked for, so that `import r
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from regpt.errors import ConfigError, did_you_mean
 
 __version__ = "0.1.0"
 
@@ -49,14 +54,25 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def generate(loaded: Loaded, prompt: str = "", **settings: Any) -> list[Completion]:
+def generate(
+    loaded: Loaded | str | Path, prompt: str | Sequence[int] = "", **settings: Any
+) -> list[Completion]:
     """Completions of `prompt` by a model that `load` returned: `generate(run, "def ", max_new_tokens=50)[0].text`.
 
     Args:
+        loaded: or the folder of a run, loaded for this call alone.
+        prompt: text, or token ids.
         settings: fields of `regpt.infer.settings.SamplingSettings`: max_new_tokens, temperature, top_k, top_p, min_p,
             stop, seed, n.
     """
     from regpt.infer.engine import complete
     from regpt.infer.settings import SamplingSettings
+    from regpt.train.load import load_model
 
+    names = [f.name for f in dataclasses.fields(SamplingSettings)]
+    for name in settings:
+        if name not in names:
+            raise ConfigError(f"there is no sampling setting {name}.{did_you_mean(name, names)}")
+    if isinstance(loaded, str | Path):
+        loaded = load_model(loaded)
     return complete(loaded.model, loaded.tokenizer, prompt, SamplingSettings(**settings))

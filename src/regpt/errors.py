@@ -97,7 +97,7 @@ def missing_package(package: str, extra: str, purpose: str) -> DeviceError:
     """The error for an optional library that is not installed, with the command that installs it."""
     return DeviceError(
         f"{purpose} needs the package {package}, which is not installed.",
-        hint=f"pip install 'regpt[{extra}]'",
+        hint=f"pip install {package} (all of that kind, in a clone: pip install -e '.[{extra}]')",
     )
 
 

@@ -140,6 +140,39 @@ def test_a_stop_keeps_its_status_and_is_told_in_json(
         assert ("Traceback" in captured.err) == bool(flags)
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--lr", "--optim.lr"),
+        ("--optim.learning-rate", "--optim.lr"),
+        ("--max_iters", "--train.steps"),
+        ("--hepl", "--help"),
+        ("--data.sourc", "--data.source"),
+    ],
+)
+def test_the_nearest_setting_is_the_one_that_is_meant(
+    option: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By another tool's name for it or its last word too, not by spelling alone."""
+    assert main(["train", option, "1"]) == 2
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&-"])
+def test_closed_streams_are_no_fault_of_ours(redirection: str) -> None:
+    command = f"{sys.executable} -m regpt presets --json {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_output_that_the_system_refuses_is_one_message() -> None:
+    command = f"{sys.executable} -m regpt presets > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "OSError: the system refuses: output: No space left on device."
+
+
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     Output(CommonArgs(json=True)).result({"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 1.5}, "")
     assert capsys.readouterr().out == '{"a": null, "b": [null, {"c": null}], "d": 1.5}\n'
@@ -171,6 +204,19 @@ def test_plan_of_gpt2(capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(plan["flops_per_token"] / 855e6 - 1) < 0.005
     assert plan["total_tokens"] == 19_073 * 524_288
     assert plan["cost"] == pytest.approx(plan["time_s"] / 3600 * 2)
+
+
+@pytest.mark.parametrize("context", [100_000, 1_000_000])
+def test_plan_of_an_enormous_context_answers_at_once(
+    context: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is timed is bounded, and longer contexts are scaled by their arithmetic: more than proportionally."""
+    tokens = ["--model.block-size", str(context), "--train.batch-tokens", str(context)]
+    assert main(["plan", "shakespeare-char-cpu", "--json", *tokens]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (
+        plan["time_s"] > 2000 * context / 1e6
+    )  # no machine that runs this has a million tokens a second here
 
 
 def test_plan_touches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,10 +173,10 @@ def test_other_arithmetic(sample: Sample, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-n", "0"], "ConfigError: -n is out of range.\n  got: 0\n  expected: at least 1\n"),
+        (["-n", "0"], "ConfigError: n is out of range.\n  got: 0\n  expected: at least 1\n"),
         (
             ["--top-p", "2"],
-            "ConfigError: --top-p is out of range.\n  got: 2.0\n  expected: above 0 and at most 1\n",
+            "ConfigError: top_p is out of range.\n  got: 2.0\n  expected: above 0 and at most 1\n",
         ),
         (["--tempratur", "1"], "ConfigError: there is no option --tempratur. Did you mean --temperature?\n"),
         (["--temperature", "hot"], "ConfigError: --temperature cannot take this value.\n  got: 'hot'\n"),

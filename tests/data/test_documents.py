@@ -293,7 +293,7 @@ def test_missing_optional_packages_are_named(tmp_path, monkeypatch) -> None:
     for name, library in (("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")):
         monkeypatch.setitem(__import__("sys").modules, library, None)
         with pytest.raises(
-            DeviceError, match=rf"needs the package {library}.*\n  try: pip install 'regpt\[data\]'"
+            DeviceError, match=rf"needs the package {library}.*\n  try: pip install {library}"
         ):
             read(tmp_path / name, tmp_path)
 

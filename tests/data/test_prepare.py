@@ -23,7 +23,7 @@ import pytest
 
 from regpt.data import documents, sources, workers, writer
 from regpt.data import prepare as module
-from regpt.data.prepare import prepare, training_texts
+from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.shards import Manifest, Shards
 from regpt.data.sources import open_source
 from regpt.errors import ConfigError, DataError, DeviceError
@@ -353,7 +353,7 @@ def test_the_same_request_is_done_once(tmp_path, monkeypatch, tokenizer) -> None
         prepare(source, tokenizer, out, val_fraction=0.3)
     with pytest.raises(
         DataError,
-        match=r"different: tokenizer.\n  got: .* with bytes\n  expected: .* with chars",
+        match=r"different: tokenizer.\n  got: tokenizer bytes \(\w+\)\n  expected: tokenizer chars \(\w+\)",
     ):
         prepare(source, train_chars(["a"]), out, val_fraction=0.2)
     write_jsonl(tmp_path / "a.jsonl", make_texts(21))
@@ -563,12 +563,43 @@ def test_a_second_preparation_is_refused_by_name(tmp_path, tokenizer) -> None:
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
+def test_equal_documents_are_not_all_held_out(tmp_path: Path) -> None:
+    """They stay together, so nothing sensible is left for one of the splits: said, with the share, before any work."""
+    lonely = 0
+    for name in ("a", "b", "c", "d", "e", "f"):  # by chance either kind has the smaller hash
+        for i in range(5):
+            (tmp_path / f"{i}.txt").write_text(f"the same {name}\n" * 1000)
+        (tmp_path / "other.txt").write_text(f"another {name}\n")
+        source = open_source(str(tmp_path / "*.txt"))
+        try:
+            manifest = prepare(source, open_tokenizer("bytes"), tmp_path / f"out-{name}", val_fraction=0.005)
+        except DataError as e:
+            lonely += 1
+            assert "would hold out 100% of the text (equal documents stay together) or nothing" in str(e)
+            assert "--val-fraction 0" in str(e) and not (tmp_path / f"out-{name}").exists()
+        else:
+            assert manifest.splits["val"].documents == 1 and unusual_split(manifest, 0.005) is None
+    assert 0 < lonely < 6
+
+
+def test_a_large_share_held_out_is_worth_a_word(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"number {i}\n" * 1000)
+    manifest = prepare(
+        open_source(str(tmp_path / "*.txt")), open_tokenizer("bytes"), tmp_path / "out", val_fraction=0.005
+    )
+    said = unusual_split(manifest, 0.005)
+    assert said is not None and said.startswith(
+        "33% of the text is held out for validation, where 0.5% was asked"
+    )
+
+
 def test_a_disk_too_small_is_said_before_any_work(tmp_path, monkeypatch, tokenizer) -> None:
     source = open_source(write_jsonl(tmp_path / "a.jsonl", make_texts(50)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=source.source_bytes))
     with pytest.raises(
         DataError,
-        match=r"disk full: .*out needs about \d.\d+ GB for \d.\d+ GB of text.\n  got: .* GB free",
+        match=r"disk full: .*out needs about 0.\d+ MB for 0.\d+ MB of text.\n  got: 0.\d+ MB free",
     ):
         prepare(source, tokenizer, tmp_path / "deep/er/out", val_fraction=0)
     assert os.listdir(tmp_path) == ["a.jsonl"]

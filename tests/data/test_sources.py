@@ -70,7 +70,9 @@ def test_what_is_not_there_is_said(tree, tmp_path) -> None:
     with pytest.raises(DataError, match=r"\*.csv: no text file found"):
         open_source(str(tree / "*.csv"))
     (tmp_path / "empty" / ".git").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"no text file found.\n  got: left out: 1 hidden"):
+    with pytest.raises(
+        DataError, match=r"no text file found.\n  got: nothing but what is left out: 1 hidden"
+    ):
         open_source(str(tmp_path / "empty"))
     (tmp_path / "a.parquet.gz").write_bytes(b"x")
     with pytest.raises(DataError, match="parquet is packed inside already"):

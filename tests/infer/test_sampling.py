@@ -182,29 +182,29 @@ PINNED = [0.6404124054093454, 0.030797445818307678, 0.18247704768772122]
     [
         (
             {"temperature": -0.1},
-            "--temperature is out of range.\n  got: -0.1\n  expected: 0 (the likeliest token) or more",
+            "temperature is out of range.\n  got: -0.1\n  expected: 0 (the likeliest token) or more",
         ),
         (
             {"temperature": math.nan},
-            "--temperature is out of range.\n  got: nan\n  expected: 0 (the likeliest token) or more",
+            "temperature is out of range.\n  got: nan\n  expected: 0 (the likeliest token) or more",
         ),
         (
             {"temperature": math.inf},
-            "--temperature is out of range.\n  got: inf\n  expected: 0 (the likeliest token) or more",
+            "temperature is out of range.\n  got: inf\n  expected: 0 (the likeliest token) or more",
         ),
         (
             {"top_k": 0},
-            "--top-k is out of range.\n  got: 0\n  expected: at least 1, or none to keep all tokens",
+            "top_k is out of range.\n  got: 0\n  expected: at least 1, or none to keep all tokens",
         ),
-        ({"top_p": 0.0}, "--top-p is out of range.\n  got: 0.0\n  expected: above 0 and at most 1"),
-        ({"top_p": 1.1}, "--top-p is out of range.\n  got: 1.1\n  expected: above 0 and at most 1"),
-        ({"min_p": -1}, "--min-p is out of range.\n  got: -1\n  expected: from 0 to 1"),
-        ({"min_p": math.nan}, "--min-p is out of range.\n  got: nan\n  expected: from 0 to 1"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is out of range.\n  got: 0\n  expected: at least 1"),
-        ({"n": 0}, "-n is out of range.\n  got: 0\n  expected: at least 1"),
+        ({"top_p": 0.0}, "top_p is out of range.\n  got: 0.0\n  expected: above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p is out of range.\n  got: 1.1\n  expected: above 0 and at most 1"),
+        ({"min_p": -1}, "min_p is out of range.\n  got: -1\n  expected: from 0 to 1"),
+        ({"min_p": math.nan}, "min_p is out of range.\n  got: nan\n  expected: from 0 to 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is out of range.\n  got: 0\n  expected: at least 1"),
+        ({"n": 0}, "n is out of range.\n  got: 0\n  expected: at least 1"),
         (
             {"stop": ("a", "")},
-            "--stop is out of range.\n  got: ('a', '')\n  expected: text that is not empty",
+            "stop is out of range.\n  got: ''\n  expected: text that is not empty",
         ),
     ],
 )

@@ -335,7 +335,7 @@ def test_unknown_names(tmp_path: Path) -> None:
         open_tokenizer("gtp2")
     assert str(e.value) == (
         "there is no tokenizer 'gtp2'. Did you mean gpt2?\n"
-        "  expected: gpt2, bytes, or a folder with a saved tokenizer"
+        "  expected: gpt2, bytes, chars or bpe (made from the text), or a folder with a saved tokenizer"
     )
     with pytest.raises(DataError, match=f"^cannot read .*{HEADER}: No such file"):
         open_tokenizer(str(tmp_path))

@@ -34,6 +34,7 @@ from regpt.optim.schedule import learning_rate
 from regpt.train import checkpoint, loop, session
 from regpt.train.load import load_model
 from regpt.train.loop import Trainer
+from regpt.train.machine import probe, using
 
 TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
 
@@ -76,6 +77,11 @@ def losses(out: str | Path) -> list[str]:
 
 def test_it_equals_a_loop_written_by_hand(config: Config) -> None:
     """The same batches through a plain PyTorch loop give bitwise the same weights and losses."""
+    with using(probe("cpu")):
+        _equals_a_loop_written_by_hand(config)
+
+
+def _equals_a_loop_written_by_hand(config: Config) -> None:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     result = session.train(config, "run")
     tokenizer, shards = corpus(config)
@@ -290,6 +296,25 @@ def test_a_half_deleted_run_is_refused(config: Config) -> None:
         session.train(config, "run")
 
 
+def test_checkpoints_without_their_record_are_refused(config: Config) -> None:
+    """Else another run's settings could go on from them."""
+    session.train(config, "run")
+    (Path("run") / "log.jsonl").unlink()
+    notes = []
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
+    session.train(
+        longer,
+        "run",
+        listen=lambda event, _, values: notes.append(values.get("text")) if event == "note" else None,
+    )
+    assert any("log.jsonl is missing: the log begins anew at step 12" in str(text) for text in notes)
+    (Path("run") / "run.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"run has checkpoints but no run\.json: a part of it was deleted"
+    ):
+        session.train(config, "run")
+
+
 def test_changed_text_is_refused_before_it_is_prepared(config: Config) -> None:
     """And --fresh then learns the tokenizer of the new text, not the old run's."""
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(name="chars"))
@@ -417,7 +442,7 @@ def test_float16_overflow_is_said_and_lasting_overflow_ends_the_run(
         ),
         (
             {"steps": 0},
-            "train.steps must be at least 1.\n  got: 0\n  try: none turns an optional setting off",
+            "train.steps must be at least 1.\n  got: 0",
         ),
         ({"device": "cuda:99"}, "train.device=cuda:99: this machine has"),
         ({"device": "gpu"}, "train.device is not a device."),

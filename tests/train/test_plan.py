@@ -18,7 +18,7 @@ from regpt.train.machine import (
     data_sheet_flops,
     measure_flops,
     probe,
-    use,
+    using,
 )
 from regpt.train.plan import as_dict, make_plan
 
@@ -216,14 +216,11 @@ def test_the_data_sheet_is_found_by_whole_words(name: str, part: str | None) -> 
 
 
 def test_float32_products_stay_float32() -> None:
-    """Whatever library multiplies after `use`, the error is float32's: far from that of bfloat16 operands."""
+    """Whatever library multiplies inside, the error is float32's: far from that of bfloat16 operands."""
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    try:
-        use(probe("cpu", threads=1))
+    with using(probe("cpu", threads=1)):
         assert torch.get_num_threads() == 1
         a, b = torch.randn(256, 256), torch.randn(256, 256)
         exact = a.double() @ b.double()
         assert (a @ b - exact).abs().max() < 1e-4 < (a.bfloat16() @ b.bfloat16() - exact).abs().max()
-    finally:
-        torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before

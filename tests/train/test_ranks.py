@@ -109,7 +109,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_resumes(config: Con
     assert train(2, config, "whole") == [0, 0]
     assert train(2, config, "run", (1, 5, "SIGTERM")) == [143, 143], said("run", 0) + said("run", 1)
     assert "Interrupted: stopped by SIGTERM after step 5" in said("run", 0)
-    assert said("run", 1) == ""
+    assert said("run", 1).strip().startswith("stopping once") and len(said("run", 1).splitlines()) == 2
     assert train(2, config, "run") == [0, 0]
     assert (curve("run"), tensors("run")) == (curve("whole"), tensors("whole"))
 

@@ -86,7 +86,7 @@ def test_a_missing_package_is_an_error_with_its_remedy(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DeviceError, match=says) as caught:
         make_trackers(config, tmp_path, {}, say=silent)
-    assert "pip install 'regpt[track]'" in str(caught.value)
+    assert "pip install -e '.[track]'" in str(caught.value)
 
 
 # --- Weights & Biases --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from regpt import __version__
 from regpt.errors import RegptError, UsageError, did_you_mean
 
 COMMANDS = {
-    "train": "train a model: prepare if needed, train, evaluate, sample",
+    "train": "train a model (no preset: demo): prepare if needed, train, evaluate, sample",
     "sample": "generate text from a run",
     "prepare": "turn text into token shards",
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
@@ -51,6 +51,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed by the shell: >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not stop us
             stream.reconfigure(errors="replace")
@@ -69,21 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: BaseException, as_json: bool) -> int:
     """Say what went wrong, on standard error and as JSON where that was asked for; returns the exit status."""
     kind, hint, status = type(error).__name__, None, 1
+    more: dict[str, str] = {}
     if isinstance(error, RegptError):
         what, hint, status = error.what, error.hint, error.exit_status
         text = f"{kind}: {error}"
+        more = {k: str(v) for k, v in (("got", error.got), ("expected", error.expected)) if v is not None}
         if error.told:
             return status
     elif isinstance(error, KeyboardInterrupt):
         what, status = "stopped.", 130
         text = "\nstopped."
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        what, status = f"the system refuses: {error.filename or 'output'}: {error.strerror or error}.", 2
+        text = f"{kind}: {what}"
     else:
         what, hint = f"internal error: {kind}: {error}", "the same command with --debug"
         text = f"regpt: {what}\n  this is a fault of regpt; {hint} shows where."
     print(text, file=sys.stderr, flush=True)
     if as_json:
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"error": {"kind": kind, "message": what, "try": hint}}), flush=True)
+            print(json.dumps({"error": {"kind": kind, "message": what, **more, "try": hint}}), flush=True)
     return status
 
 

@@ -98,6 +98,6 @@ def _page(f: dict[str, Any]) -> str:
         f"gpt2      vocabulary: {f['gpt2_vocabulary']}",
     ]
     for name, p in f["packages"].items():
-        state = p["version"] or f"missing; pip install 'regpt[{p['extra']}]'"
+        state = p["version"] or f"missing; pip install {name}"
         lines.append(f"{name:<12}{state}  ({p['for']})")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ class Args(CommonArgs):
     split: Literal["train", "val"] = "train"
     """Of shards: which documents to show."""
     verify: bool = True
-    """Read every file whole and compare it with its checksum."""
+    """Whether to read every file whole and compare it with its checksum, or to look at sizes only."""
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if not path.exists():
         raise DataError(f"there is nothing at {path}.")
     if (path / "run.json").exists():
-        inspect_run(path, args)
+        return 0 if inspect_run(path, args) else 2
     elif (path / "state.json").exists() or path.name.startswith("step-"):
         inspect_checkpoint(path, args)
     elif (path / "manifest.json").exists() or not path.is_dir():
@@ -55,14 +55,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def inspect_run(path: Path, args: Args) -> None:
-    """A run: what it trained, how far it came, and its checkpoints, verified.
+def inspect_run(path: Path, args: Args) -> bool:
+    """A run: what it trained, how far it came, and its checkpoints, verified. False where one is damaged or gone.
 
     Raises:
         CheckpointError: run.json cannot be read.
     """
     from regpt.config import Config, build
-    from regpt.train.checkpoint import list_checkpoints, read_checkpoint
+    from regpt.train.checkpoint import checkpoint_name, list_checkpoints, read_checkpoint
     from regpt.train.load import evaluated_loss
     from regpt.train.run import RunDirectory
 
@@ -93,8 +93,13 @@ def inspect_run(path: Path, args: Args) -> None:
     for c in checkpoints:
         state = ("whole" if args.verify else "not checked") if c["valid"] else f"DAMAGED: {c['fault']}"
         lines.append(f"checkpoint {c['path']}: {state}")
+    saved = run.last_saved_step()
+    gone = saved is not None and all(c["path"] != checkpoint_name(saved) for c in checkpoints)
+    if gone:
+        lines.append(f"checkpoint of step {saved}, the last one saved, is GONE")
     values = {"kind": "run", "path": str(path), "run": record, "evals": evals, "checkpoints": checkpoints}
     out.result(values, "\n".join(lines))
+    return not gone and all(c["valid"] for c in checkpoints)
 
 
 def inspect_checkpoint(path: Path, args: Args) -> None:

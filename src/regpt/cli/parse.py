@@ -12,15 +12,17 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from regpt.config import DEFAULT_PRESET, type_name
-from regpt.errors import ConfigError, UsageError, did_you_mean
+from regpt.errors import ConfigError, UsageError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +100,10 @@ def _normalised(argv: Sequence[str], known: dict[str, Any]) -> list[str]:
     """`true` and `none` as tyro writes them, where the setting's type has them: --model.bias false -> False."""
 
     def value_of(option: str, value: str) -> str:
-        kind = known.get(option.replace("_", "-")) if "." in option else None
+        kind = known.get(option.replace("_", "-"))
         kinds = (kind, *typing.get_args(kind))
+        if "." not in option and str in kinds:  # free text: a prompt file may be called none
+            return value
         words = {"true": "True", "false": "False"} if bool in kinds else {}
         if type(None) in kinds:
             words |= {"none": "None", "null": "None"}
@@ -112,6 +116,33 @@ def _normalised(argv: Sequence[str], known: dict[str, Any]) -> list[str]:
     return out
 
 
+# What other tools and papers call our settings.
+ELSEWHERE = {
+    "learning-rate": "--optim.lr",
+    "max-iters": "--train.steps",
+    "max-steps": "--train.steps",
+    "batch-size": "--train.micro-rows",
+    "gradient-accumulation-steps": "--train.batch-tokens",
+    "eval-interval": "--eval.every",
+    "save-interval": "--save.every",
+    "out-dir": "--out",
+    "grad-clip": "--optim.clip-norm",
+    "warmup-iters": "--optim.warmup-steps",
+    "context-length": "--model.block-size",
+    "max-tokens": "--max-new-tokens",
+}
+
+
+def _meant(option: str, known: dict[str, Any]) -> str | None:
+    """The option that a wrong one most likely stands for: by its last word in full, by another tool's name, by spelling."""
+    last = option.lstrip("-").rpartition(".")[2]
+    same = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
+    other = ELSEWHERE.get(last)
+    if len(same) == 1 or (other is not None and other in known):
+        return same[0] if len(same) == 1 else other
+    return nearest(option, [*known, "--help"])
+
+
 def _error(
     complaint: str, argv: Sequence[str], known: dict[str, Any], prog: str, *, has_preset: bool
 ) -> ConfigError | UsageError:
@@ -120,8 +151,10 @@ def _error(
         option = word.partition("=")[0].replace("_", "-")
         if word.startswith("--") and len(word) > 2 and option not in known and option != "--help":
             noun = "setting" if "." in option else "option"
+            close = _meant(option, known)
             return ConfigError(
-                f"there is no {noun} {option}.{did_you_mean(option, known)}", hint=f"{prog} --help"
+                f"there is no {noun} {option}.{f' Did you mean {close}?' if close else ''}",
+                hint=f"{prog} --help",
             )
     lines: list[str] = []
     for line in complaint.splitlines():
@@ -250,6 +283,16 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600} h {s % 3600 // 60:02d} min"
     return f"{s // 86400} d {s % 86400 // 3600} h"
+
+
+def program() -> str:
+    """How `regpt` can be called here: by its name, or by where it lies if it is not on the path."""
+    script = Path(sys.argv[0])
+    if shutil.which("regpt") or script.name != "regpt":
+        return "regpt"
+    with contextlib.suppress(ValueError):
+        return str(script.absolute().relative_to(Path.cwd()))
+    return str(script)
 
 
 def preset_and_rest(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -36,21 +36,21 @@ def main(argv: list[str]) -> int:
     from regpt.data.corpus import known_corpus
     from regpt.train.allocator import keep_memory
     from regpt.train.estimate import with_time
-    from regpt.train.machine import probe, use
+    from regpt.train.machine import probe, using
     from regpt.train.plan import as_dict, make_plan
 
     config = args.config
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
-    use(machine)
     vocab_size, sure, shards = known_corpus(config)
-    plan = make_plan(
-        config,
-        machine,
-        vocab_size=vocab_size,
-        train_tokens=shards.split("train").n_tokens if shards else None,
-    )
-    plan = with_time(plan, config, machine)
+    with using(machine):
+        plan = make_plan(
+            config,
+            machine,
+            vocab_size=vocab_size,
+            train_tokens=shards.split("train").n_tokens if shards else None,
+        )
+        plan = with_time(plan, config, machine)
     values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
     if not sure:
@@ -94,7 +94,11 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
     if machine.memory_bytes and memory.total > machine.memory_bytes:
         lines.append(
             f"warning: this needs {gib(memory.total)} and the device has {gib(machine.memory_bytes)}; "
-            "try --train.micro-rows 1"
+            + (
+                "try --train.micro-rows 1"
+                if plan.micro_rows > 1
+                else "try a smaller model or context, or a larger machine"
+            )
         )
     return "\n".join(lines)
 

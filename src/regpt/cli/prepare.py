@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,19 +22,21 @@ class Args(CommonArgs):
     """Text, JSONL or parquet (.gz, .xz, .zst too), a folder of them, a glob, shakespeare or python-stdlib."""
     out: str
     """The folder for the shards. The same command again finishes what was stopped."""
-    tokenizer: str = TokenizerConfig.name
+    tokenizer: Annotated[str, tyro.conf.arg(aliases=["--tokenizer.name"])] = TokenizerConfig.name
     """gpt2, bytes, chars or bpe (trained on the source), or a folder with a saved tokenizer."""
-    tokenizer_files: str | None = TokenizerConfig.files
+    tokenizer_files: Annotated[str | None, tyro.conf.arg(aliases=["--tokenizer.files"])] = (
+        TokenizerConfig.files
+    )
     """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
-    vocab_size: int = TokenizerConfig.vocab_size
+    vocab_size: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.vocab-size"])] = TokenizerConfig.vocab_size
     """Entries of a `bpe` tokenizer trained here, <|endoftext|> included."""
-    val_fraction: float = DataConfig.val_fraction
+    val_fraction: Annotated[float, tyro.conf.arg(aliases=["--data.val-fraction"])] = DataConfig.val_fraction
     """Share of documents held out for validation; of a single text, its last part. 0: none."""
-    val_source: str | None = DataConfig.val_source
+    val_source: Annotated[str | None, tyro.conf.arg(aliases=["--data.val-source"])] = DataConfig.val_source
     """A separate source for validation. None: split off SOURCE."""
-    text_field: str = DataConfig.text_field
+    text_field: Annotated[str, tyro.conf.arg(aliases=["--data.text-field"])] = DataConfig.text_field
     """The field that holds the text in JSONL and parquet."""
-    workers: int | None = DataConfig.workers
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
 
 
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     args = parse(Args, argv, prog="regpt prepare", description=__doc__ or "")
     from regpt.cli.inspect import describe_shards
     from regpt.data.corpus import tokenizer_for
-    from regpt.data.prepare import prepare
+    from regpt.data.prepare import estimated_bytes, megabytes, prepare, unusual_split
     from regpt.data.shards import Shards
     from regpt.data.sources import open_source
 
@@ -59,6 +61,10 @@ def main(argv: list[str]) -> int:
         args.val_fraction,
         lambda event, step, values: out.info(values["text"]) if event == "info" else None,
     )
+    needed = estimated_bytes(source, val_source, tokenizer)
+    out.info(
+        f"{megabytes(source.stored_bytes)} in {len(source.files):,} files; the shards will take about {megabytes(needed)}"
+    )
     total = source.stored_bytes + (val_source.stored_bytes if val_source else 0)
     with out.progress("tokenising", total, "bytes") as bar:
         manifest = prepare(
@@ -70,6 +76,8 @@ def main(argv: list[str]) -> int:
             workers=args.workers,
             progress=lambda done, _: bar.update(done),
         )
+    if unusual := unusual_split(manifest, args.val_fraction):
+        out.warn(unusual)
     seconds, splits = time.monotonic() - begun, manifest.splits
     result: dict[str, Any] = {
         "out": args.out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 
 import tyro
@@ -57,7 +58,7 @@ def _page(preset: Preset) -> str:
         "settings that differ from the defaults:",
     ]
     lines += [
-        f"  --{name.replace('_', '-')} {value}"
+        f"  --{name.replace('_', '-')} {shlex.quote(str(value))}"
         for name, (_, value) in differences(Config(), preset.config).items()
     ]
     return "\n".join(lines)

@@ -127,6 +127,8 @@ def read_prompt(args: Args) -> str:
     if args.file is not None and args.prompt:
         raise ConfigError("--file and a prompt on the command line exclude each other.")
     name = args.file or "standard input"
+    if args.file is None and sys.stdin is None:
+        raise DataError("the prompt should come from standard input, which is closed.")
     try:
         return (Path(name).read_bytes() if args.file else sys.stdin.buffer.read()).decode("utf-8")
     except OSError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
+from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
 
 
@@ -65,7 +66,10 @@ def main(argv: list[str]) -> int:
         sample := last_sample(out)
     ):  # a finished run, called again, still ends with its text
         lines.insert(0, sample)
-    lines += [f"the run lies in {out}", f'next:  regpt sample {out} "{_some_prompt(args.config)}"']
+    lines += [
+        f"the run lies in {out}",
+        f"next:  {program()} sample {shlex.quote(str(out))}{_some_prompt(args.config)}",
+    ]
     screen.out.result(dataclasses.asdict(result), "\n".join(lines))
     return 0
 
@@ -85,7 +89,9 @@ def quoted(sample: dict[str, Any]) -> str:
 
 
 def _some_prompt(config: Config) -> str:
-    return config.sample.prompt.strip() or "O"
+    """Of the run's own kind; nothing where it begins documents."""
+    prompt = config.sample.prompt.strip()
+    return f" {shlex.quote(prompt)}" if prompt else ""
 
 
 class Screen:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.config import Config, TokenizerConfig
-from regpt.data.prepare import prepare, training_texts
+from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.shards import MANIFEST, TOKENIZER, Shards
 from regpt.data.sources import Source, is_remote, open_source
 from regpt.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ def corpus(
         values = {"description": "tokenising", "done": done, "total": total, "unit": "bytes"}
         listen("progress", 0, values)
 
-    prepare(
+    manifest = prepare(
         source,
         tokenizer,
         folder,
@@ -64,6 +64,8 @@ def corpus(
         workers=config.data.workers,
         progress=progress,
     )
+    if unusual := unusual_split(manifest, config.data.val_fraction):
+        listen("note", 0, {"text": unusual})
     return _prepared(folder, config)
 
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,10 @@ def prepare(
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             what = f"disk full while preparing {out}; what was written is removed."
             raise DataError(what, hint=MORE_SPACE) from None
+        if e.errno == errno.EFBIG:
+            raise DataError(
+                f"{out}: this user may not write files so large.", hint="ulimit -f unlimited"
+            ) from None
         raise DataError(f"{e.filename or out}: {e.strerror or e}.") from e
 
 
@@ -166,11 +170,18 @@ class _Job:
         if changed:
             raise DataError(
                 f"{out} holds shards of another request; different: {', '.join(changed)}.",
-                got=f"{manifest.source.spec} with {manifest.tokenizer.kind}",
-                expected=f"{self.source.spec} with {self.tokenizer.kind}",
+                got=_shortly(manifest.request, changed, manifest.tokenizer.kind),
+                expected=_shortly(self.request, changed, self.tokenizer.kind),
                 hint=f"another --out, or delete {out}",
             )
         return manifest
+
+
+def _shortly(request: Mapping[str, Any], names: list[str], kind: str) -> str:
+    """What a request has under these names: a fingerprint by its beginning, anything else as it is."""
+    values = {name: request.get(name) for name in names}
+    words = {k: v[:8] if isinstance(v, str) else str(v) for k, v in values.items()}
+    return ", ".join(f"{k} {kind} ({v})" if k == "tokenizer" else f"{k} {v}" for k, v in words.items())
 
 
 def _workers_for(source: Source) -> int:
@@ -179,18 +190,44 @@ def _workers_for(source: Source) -> int:
     return max(1, min(cores, source.source_bytes // PART_BYTES))
 
 
+def estimated_bytes(source: Source, val_source: Source | None, tokenizer: Tokenizer) -> int:
+    """What the shards of this text will take on the disk, about."""
+    text = source.source_bytes + (val_source.source_bytes if val_source else 0)
+    return int(text / BYTES_PER_TOKEN.get(tokenizer.kind, 1.0) * dtype_for(tokenizer.vocab_size).itemsize)
+
+
+def megabytes(n: float) -> str:
+    """Bytes for a person: 0.35 MB, 12 MB, 1,200 MB, 45 GB."""
+    return f"{n / 1e9:,.0f} GB" if n >= 1e10 else f"{n / 1e6:,.0f} MB" if n >= 1e7 else f"{n / 1e6:,.2f} MB"
+
+
+def unusual_split(manifest: Manifest, val_fraction: float) -> str | None:
+    """A sentence where far more was held out than asked for, as happens with few documents."""
+    if "val" not in manifest.splits or manifest.val_source is not None:
+        return None
+    held, total = (manifest.splits["val"].source_bytes, sum(s.source_bytes for s in manifest.splits.values()))
+    share = held / max(total, 1)
+    if share < max(3 * val_fraction, 0.1):
+        return None
+    return (
+        f"{share:.0%} of the text is held out for validation, where {val_fraction:.1%} was asked for: whole documents are "
+        "held out, and here are few. Validation text of its own: val_source"
+    )
+
+
 def _check_disk(job: _Job, out: Path, work: Path) -> None:
     """Refuse, before any work, what cannot fit."""
     text = job.source.source_bytes + (job.val_source.source_bytes if job.val_source else 0)
-    per_token = BYTES_PER_TOKEN.get(job.tokenizer.kind, 1.0)
-    needed = int(text / per_token * dtype_for(job.tokenizer.vocab_size).itemsize)
+    needed = estimated_bytes(job.source, job.val_source, job.tokenizer)
     needed -= sum(p.stat().st_size for p in (work / "shards").glob("*.*"))  # done before a crash
-    folder = next(p for p in (out, *out.parents) if p.exists())
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"disk full: {out} needs about {needed / 1e9:,.2f} GB for {text / 1e9:,.2f} GB of text.",
-            got=f"{free / 1e9:,.2f} GB free",
+            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text)} of text.",
+            got=f"{megabytes(free)} free",
             hint=MORE_SPACE,
         )
 
@@ -231,20 +268,24 @@ def _threshold(source: Source, val_fraction: float | None, work: Path) -> int:
     if not val_fraction or source.single_text:
         return 0
     threshold = int(val_fraction * HASHES)
-    lowest, kept, seen = HASHES, False, 0
+    lowest, kept, seen, lowest_bytes, all_bytes = HASHES, False, 0, 0, 0
     with tempfile.TemporaryDirectory(dir=work) as folder:
         for document in _read(source.parts(Path(folder))):
             hashed = document_hash(document)
             if hashed is None:
                 continue
-            seen, lowest = seen + 1, min(lowest, hashed)
+            size = sum(len(piece) for piece in document())
+            seen, all_bytes = seen + 1, all_bytes + size
+            lowest_bytes = size if hashed < lowest else lowest_bytes + size * (hashed == lowest)
+            lowest = min(lowest, hashed)
             kept = kept or hashed >= threshold
             if kept and lowest < threshold:
                 return threshold
     if seen == 0:
         return threshold  # said where all that was skipped is known
-    if seen == 1 or not kept:
-        noun = "the only document" if seen == 1 else f"every one of {seen} documents"
+    if seen == 1 or not kept or lowest_bytes > all_bytes / 2:
+        share = f"{lowest_bytes / max(all_bytes, 1):.0%} of the text (equal documents stay together)"
+        noun = "the only document" if seen == 1 else f"every one of {seen} documents" if not kept else share
         raise DataError(
             f"{source.spec}: val_fraction={val_fraction} would hold out {noun} or nothing.",
             hint="--val-fraction 0, or validation text of its own: --val-source",

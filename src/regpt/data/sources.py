@@ -244,7 +244,10 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
         )
     if not files:
         left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
-        raise DataError(f"{spec}: no text file found.", got=f"left out: {left_out or 'nothing'}")
+        got = f"nothing but what is left out: {left_out}" if left_out else None
+        raise DataError(
+            f"{spec}: no text file found.", got=got, hint="a folder or glob that holds text, JSONL or parquet"
+        )
     return Source(spec, _short(name), tuple(sorted(files, key=lambda f: f.label)), text_field, dict(skipped))
 
 

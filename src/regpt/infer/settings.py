@@ -13,7 +13,7 @@ class SamplingSettings:
     """How completions are drawn and where they end. None means off.
 
     Raises:
-        ConfigError: a value out of range, named as on the command line.
+        ConfigError: a value out of range.
     """
 
     max_new_tokens: int = 200
@@ -45,6 +45,5 @@ class SamplingSettings:
         ]
         for name, holds, expected in rules:
             if not holds:
-                flag = "-n" if name == "n" else "--" + name.replace("_", "-")
-                value = getattr(self, name)
-                raise ConfigError(f"{flag} is out of range.", got=repr(value), expected=expected)
+                value = "" if name == "stop" else getattr(self, name)
+                raise ConfigError(f"{name} is out of range.", got=repr(value), expected=expected)

@@ -81,14 +81,18 @@ def open_tokenizer(name: str, *, files: str | None = None) -> Tokenizer:
         from regpt.tokenizers.bytes import ByteTokenizer
 
         return ByteTokenizer()
-    expected = "gpt2, bytes, or a folder with a saved tokenizer"
+    folder_too = "or a folder with a saved tokenizer"
     if name in KINDS:
         raise ConfigError(
-            f"a {name} tokenizer is trained on a text, and none is given here.", expected=expected
+            f"a {name} tokenizer is trained on a text, and none is given here.",
+            expected=f"gpt2, bytes, {folder_too}",
         )
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"there is no tokenizer {name!r}.{did_you_mean(name, KINDS)}", expected=expected)
+        raise ConfigError(
+            f"there is no tokenizer {name!r}.{did_you_mean(name, KINDS)}",
+            expected=f"gpt2, bytes, chars or bpe (made from the text), {folder_too}",
+        )
     inside_run = folder / "tokenizer"
     return load_tokenizer(inside_run if inside_run.is_dir() else folder)
 

@@ -22,7 +22,7 @@ URL_VARIABLE = "REGPT_GPT2_URL"
 """Environment: a mirror to download from instead of URL."""
 BY_HAND = (
     f"where there is a network, get {' and '.join(f'{URL}/{name}' for name in SHA256)}; "
-    f"then name their folder by --tokenizer.files FOLDER or {FOLDER_VARIABLE}=FOLDER"
+    f"then name their folder by --tokenizer-files FOLDER (of train: --tokenizer.files) or {FOLDER_VARIABLE}=FOLDER"
 )
 
 

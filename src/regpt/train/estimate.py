@@ -12,13 +12,17 @@ import time
 
 import torch
 
-from regpt.config import Config
+from regpt.config import Config, ModelConfig
+from regpt.models.count import flops_per_token
 from regpt.models.gpt2 import GPT2
 from regpt.optim.groups import adamw
 from regpt.train.machine import Machine
 from regpt.train.plan import Plan
 
-TRIAL_TOKENS = 2048  # of one timed pass; more rows take proportionally longer
+TRIAL_TOKENS = 2048  # of one timed pass at most,
+TRIAL_FLOPS = (
+    4e11  # and arithmetic: a second or so on a slow machine. What is longer is scaled by its arithmetic
+)
 TRIAL_S = 0.4  # spent on timing each model, once it is warm
 
 
@@ -29,20 +33,31 @@ def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     """
     if plan.time_s is not None:
         return plan
-    rows = max(1, min(plan.micro_rows, TRIAL_TOKENS // config.model.block_size))
+    two_layers = dataclasses.replace(config.model, n_layer=2)
+    T = config.model.block_size
+    while T > 64 and (T > TRIAL_TOKENS or T * _flops(two_layers, T, plan) > TRIAL_FLOPS):
+        T //= 2
+    rows = max(1, min(plan.micro_rows, TRIAL_TOKENS // T))
     with torch.random.fork_rng(devices=[]):
-        one, two = (_pass_and_update_s(n, rows, plan, config, machine) for n in (1, 2))
+        one, two = (_pass_and_update_s(n, rows, T, plan, config, machine) for n in (1, 2))
     layers = config.model.n_layer - 1
     pass_s, update_s = (max(a, a + layers * (b - a)) for a, b in zip(one, two, strict=True))
-    step_s = plan.n_micro * pass_s * plan.micro_rows / rows + update_s
+    tokens = plan.n_micro * plan.micro_rows * config.model.block_size
+    longer = plan.flops_per_token / _flops(config.model, T, plan)
+    step_s = pass_s * tokens / (rows * T) * longer + update_s
     return dataclasses.replace(plan, time_s=plan.steps * step_s)
 
 
+def _flops(model: ModelConfig, block_size: int, plan: Plan) -> float:
+    """Of one token, forward and backward, at that context."""
+    return flops_per_token(dataclasses.replace(model, block_size=block_size), plan.vocab_size)
+
+
 def _pass_and_update_s(
-    n_layer: int, rows: int, plan: Plan, config: Config, machine: Machine
+    n_layer: int, rows: int, block_size: int, plan: Plan, config: Config, machine: Machine
 ) -> tuple[float, float]:
-    """Seconds of a forward and backward pass over `rows`, and of an update: each the best of some."""
-    shape = dataclasses.replace(config.model, n_layer=n_layer)
+    """Seconds of a forward and backward pass over `rows` of `block_size`, and of an update: each the best of some."""
+    shape = dataclasses.replace(config.model, n_layer=n_layer, block_size=block_size)
     model = GPT2(shape, plan.vocab_size).to(machine.device)
     optimizer = adamw(model, config.optim, machine.kind)
     ids = torch.zeros(rows, shape.block_size, dtype=torch.int64, device=machine.device)

@@ -113,6 +113,8 @@ def _choose(path: Path, which: Literal["best", "last"], say: Callable[[str], Non
         )
     checkpoints = list_checkpoints(run.checkpoints)
     if not checkpoints:
+        if (saved := run.last_saved_step()) is not None:
+            raise CheckpointError(f"the run {path} saved step {saved}, but its checkpoints were deleted.")
         raise CheckpointError(
             f"the run {path} has no checkpoint yet.", hint="let regpt train go on until it saves one"
         )

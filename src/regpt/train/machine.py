@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,15 +165,26 @@ def measure_flops(machine: Machine, dtype: str, size: int | None = None, tries: 
     return 2 * size**3 * products / best
 
 
-def use(machine: Machine) -> None:
-    """Make this process compute as is best on the machine: its threads, and products of float32 matrices.
+@contextlib.contextmanager
+def using(machine: Machine) -> Iterator[None]:
+    """Compute as is best on the machine while this is open: its threads, and products of float32 matrices.
 
     CUDA: TF32 (10 bits of mantissa). CPU: float32 to the last bit, but by oneDNN where MKL is slow: on AMD processors it
     leaves AVX-512 unused, and oneDNN is twice as fast (Zen 5, two cores: 479 against 225 GFLOP/s). PyTorch hands products
     to oneDNN when bfloat16 would do ("medium"); oneDNN makes use of that only where there is AMX, so this is for processors
     without, and only once a product has come out as float32's own.
     """
-    torch.set_num_threads(machine.threads)
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_num_threads(machine.threads)
+        _choose_float32_products(machine)
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+def _choose_float32_products(machine: Machine) -> None:
     torch.set_float32_matmul_precision("high" if machine.kind == "cuda" else "highest")
     flags = _cpu_flags()
     if machine.kind != "cpu" or _cpu_info("vendor_id") != "AuthenticAMD":

@@ -137,11 +137,11 @@ def _check(config: Config) -> None:
         "sample.top_k": config.sample.top_k,
         "track.log_every": config.track.log_every,
     }
+    optional = {"eval.every", "save.every", "sample.top_k"}
     for name, value in positive.items():
         if value is not None and value < 1:
-            raise ConfigError(
-                f"{name} must be at least 1.", got=value, hint="none turns an optional setting off"
-            )
+            hint = f"--{name.replace('_', '-')} none turns it off" if name in optional else None
+            raise ConfigError(f"{name} must be at least 1.", got=value, hint=hint)
     check_shape(config.model)
     check_adamw(config.optim)
     check_schedule(config.optim, config.train.steps)

@@ -27,7 +27,7 @@ from regpt.train.allocator import keep_memory
 from regpt.train.dist import Ranks, joined
 from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
-from regpt.train.machine import Machine, probe, use
+from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
@@ -64,7 +64,7 @@ def train(
     """
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
-    with joined(machine.kind) as ranks:
+    with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
             return _train(config, Path(out).expanduser(), fresh, heard, machine, ranks)
@@ -77,7 +77,6 @@ def _train(
     config: Config, out: Path, fresh: bool, listen: Listener, machine: Machine, ranks: Ranks
 ) -> TrainResult:
     """`train` on one rank."""
-    use(machine)
     # Contradictions between settings show before any text is read.
     ranks.together(lambda: make_plan(config, machine, vocab_size=1, world=ranks.world))
     run = RunDirectory(out)
@@ -189,9 +188,8 @@ def _trainer(
     if ranks.from_main(found is not None):
         trainer.restore(found)
     if before is not None:
-        run.rewind(trainer.state.step)
         _say_what_breaks_bits(before, plan, machine, listen)
-        listen("resume", trainer.state.step, {"run": str(run.path)})
+        _rewind(run, trainer.state.step, listen)
     if ranks.main:
         tokenizer.save(run.tokenizer)
         run.begin(
@@ -201,6 +199,14 @@ def _trainer(
             machine=dataclasses.asdict(machine),
         )
     return trainer
+
+
+def _rewind(run: RunDirectory, step: int, listen: Listener) -> None:
+    """Take the log back to `step`, from where the run goes on."""
+    if step and not run.lines.path.exists():
+        listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
+    run.rewind(step)
+    listen("resume", step, {"run": str(run.path)})
 
 
 def _newest(
@@ -237,6 +243,11 @@ def _check_place(run: RunDirectory) -> None:
 
 def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path | None:
     """Refuse what would make it another run; say aloud which other settings changed. Returns the run's tokenizer."""
+    if not run.begun and checkpoint.list_checkpoints(run.checkpoints):
+        raise CheckpointError(
+            f"{run.path} has checkpoints but no run.json: a part of it was deleted.",
+            hint="put run.json back, or begin anew with --fresh",
+        )
     if not run.begun or (not run.checkpoints.exists() and run.last_saved_step() is None):
         return None
     before = build(Config, run.config, where=str(run.path / "run.json"))

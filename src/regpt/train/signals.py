@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
+        with contextlib.suppress(OSError):  # in a handler only the bare system call is safe
+            os.write(2, b"\nstopping once this piece of work is done, then saving; again: at once, unsaved\n")
         for other in watched:
             signal.signal(other, then.get(other, signal.SIG_DFL))
 
