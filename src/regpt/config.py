@@ -101,9 +101,11 @@ class TrainConfig:
     """How gradients are added up. exact: in one fixed tree order, the same to the bit on any number of ranks."""
     checkpoint_activations: bool = False
     """Keep only the stream between layers and compute the rest again in the backward pass: less memory, a third slower."""
-    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient that is not finite. stop: exit 3; skip: leave the update out; rollback: go back to the last
-    checkpoint and pass over the rows between it and here. After 10 in a row, stop."""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite, or a spike. stop: exit 3; skip: leave the update out; rollback: go back to
+    the last checkpoint and pass over the rows between it and here. After 10 in a row, stop."""
+    spike_sigma: float | None = None
+    """A loss so many standard deviations above the mean of the last 100 is a bad step too. None: it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,8 @@ class SaveConfig:
     """Steps between checkpoints. None: at every evaluation. The last step is always saved."""
     keep: int = 2
     """How many of the newest checkpoints stay; the best one by validation loss stays too."""
+    in_background: bool = True
+    """Write while training goes on: it waits only for the copy in memory. The last one is always waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)

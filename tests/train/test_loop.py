@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from regpt.train import checkpoint, loop, session
 from regpt.train.load import load_model
 from regpt.train.loop import Trainer
 from regpt.train.machine import probe, using
+from regpt.train.parallel import Gradients
 
 TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
 
@@ -371,6 +373,84 @@ def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch:
         "  try: free some space on the disk of run/checkpoints; older checkpoints are untouched\n"
         "  training goes on; the next save will try again."
     ]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held until two more steps are made; what it then writes is the step that it was asked for."""
+    session.train(config, "plain")
+    written, later, real = threading.Event(), threading.Event(), checkpoint.save_checkpoint
+    seen: list[int] = []
+
+    def held(folder: Path, *, step: int, **kwargs: Any) -> Path:
+        if step == 4:
+            assert later.wait(60)
+        path = real(folder, step=step, **kwargs)
+        written.set()
+        return path
+
+    step_made = Trainer.train_step
+
+    def made(self: Trainer) -> None:
+        step_made(self)
+        seen.append(self.state.step)
+        if self.state.step == 6:
+            assert not written.is_set()
+            later.set()
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "save_checkpoint", held)
+        m.setattr(Trainer, "train_step", made)
+        session.train(config, "run")
+    assert (losses("run"), weights("run")) == (losses("plain"), weights("plain"))
+    a, b = (Path(run) / "checkpoints/step-000004/model.safetensors" for run in ("run", "plain"))
+    assert not a.exists() and not b.exists()  # keep=2: pruned, best or not
+    assert [e["path"] for e in log("run", "save")] == [f"step-{n:06d}" for n in (4, 8, 12)]
+    in_turn = dataclasses.replace(config, save=SaveConfig(keep=9, in_background=False))
+    session.train(in_turn, "in turn")
+    behind = dataclasses.replace(config, save=SaveConfig(keep=9))
+    session.train(behind, "behind")
+    for step in (4, 8, 12):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            pair = [Path(run) / f"checkpoints/step-{step:06d}" / file for run in ("in turn", "behind")]
+            assert pair[0].read_bytes() == pair[1].read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_spike_is_a_bad_step_where_that_is_asked_for(
+    config: Config, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its window survives a stop: the spike comes right after one."""
+    monkeypatch.setattr(loop, "SPIKE_WINDOW", 6)
+    train = dataclasses.replace(config.train, spike_sigma=20.0, on_bad_step=policy)
+    config = dataclasses.replace(config, train=train)
+    original = Trainer.train_step
+
+    def stopped(self: Trainer) -> None:
+        original(self)
+        if self.state.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as m, pytest.raises(Interrupted):
+        m.setattr(Trainer, "train_step", stopped)
+        session.train(config, "run")
+    finish, calls = Gradients.finish, []
+
+    def spiking(self: Gradients) -> float:
+        calls.append(1)
+        return finish(self) + (50.0 if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(Gradients, "finish", spiking)
+    if policy == "stop":
+        with pytest.raises(
+            TrainingDiverged, match=r"the loss at step 8 is 5\d\.\d+, a spike; the update was not made"
+        ):
+            session.train(config, "run")
+    else:
+        session.train(config, "run")
+        assert [e["step"] for e in log("run", "step")] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
+        assert "a spike" in log("run", "note")[-1]["text"]
 
 
 def test_what_breaks_exactness_is_said_on_resume(config: Config) -> None:

@@ -169,12 +169,12 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_before_the_update(
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_policies_are_the_same_on_all_ranks(config: Config, policy: str) -> None:
     """One rank's bad loss: two ranks end where one process with the same bad batch ends."""
-    config = with_train(config, reduction="exact", nonfinite=policy)
+    config = with_train(config, reduction="exact", on_bad_step=policy)
     assert train(2, config, "two", (1, 5, "nan loss")) == [0, 0], said("two", 0)
     assert train(1, config, "one", (0, 5, "nan loss")) == [0]
     assert (curve("two"), tensors("two")) == (curve("one"), tensors("one"))
     notes = [e["text"] for e in log("two", "note")]
-    assert any(f"train.nonfinite={policy}" in text for text in notes)
+    assert any(f"train.on_bad_step={policy}" in text for text in notes)
     steps = [e["step"] for e in log("two", "step")]
     assert steps == ([1, 2, 3, 4, 5, 7, 8] if policy == "skip" else [1, 2, 3, 4, 5, 6, 7, 8])
 

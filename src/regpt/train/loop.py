@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,7 +49,8 @@ EVAL_TOKENS_ELSEWHERE = 16_384
 EVAL_LOGITS = (
     1 << 22
 )  # and with at most so many logits, so that evaluating needs no more memory than training
-MAX_NONFINITE = 10  # losses or gradients in a row that are not finite, after which no policy goes on
+SPIKE_WINDOW = 100  # losses that a spike is measured against
+MAX_BAD = 10  # losses or gradients in a row that are not finite, after which no policy goes on
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
 
@@ -67,7 +71,9 @@ class TrainState:
     val_bits_per_byte: float | None = None
     skipped_steps: int = 0
     """Global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
-    nonfinite_in_a_row: int = 0
+    bad_in_a_row: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    """The last SPIKE_WINDOW, where spikes are looked for."""
     best_step: int | None = None
     best_val_loss: float | None = None
 
@@ -124,6 +130,7 @@ class Trainer:
         self.gradients = Gradients(model, plan, ranks)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = self.gradients.module
         self.saved_step: int | None = None
+        self._saving: _Saving | None = None
         self.sampling = SamplingSettings(
             max_new_tokens=max(config.sample.tokens, 1),
             temperature=config.sample.temperature,
@@ -159,6 +166,7 @@ class Trainer:
                     return
                 self.train_step()
         except _Stopped:
+            self.settle()
             if self.saved_step != s.step:
                 self.save(required=True)
             raise Interrupted(
@@ -286,19 +294,23 @@ class Trainer:
         s = self.state
         scaling = s.scaler.is_enabled()  # float16 overflows now and then; the scaler skips that update
         finite = math.isfinite(loss) and (math.isfinite(norm) or scaling)
-        if not self.ranks.largest(not finite):
-            s.nonfinite_in_a_row = 0
+        spiked = finite and self._is_spike(loss)
+        if not self.ranks.largest(not finite or spiked):
+            s.bad_in_a_row = 0
+            if self.config.train.spike_sigma is not None:
+                s.recent_losses = [*s.recent_losses, loss][-SPIKE_WINDOW:]
             return True
-        s.nonfinite_in_a_row += 1
-        rows, data_step, policy = self.plan.batch_rows, s.step + s.skipped_steps, self.config.train.nonfinite
-        what = (
-            "loss"
-            if not math.isfinite(loss)
-            else "gradient norm"
-            if not finite
-            else "gradient of another rank"
+        s.bad_in_a_row += 1
+        rows, data_step, policy = (
+            self.plan.batch_rows,
+            s.step + s.skipped_steps,
+            self.config.train.on_bad_step,
         )
-        number = "not finite" if finite else loss if what == "loss" else norm
+        what, number = ("gradient norm", str(norm)) if math.isfinite(loss) else ("loss", str(loss))
+        if finite:
+            what, number = (
+                ("loss", f"{loss:.4f}, a spike") if spiked else ("gradient of another rank", "not finite")
+            )
         error = TrainingDiverged(
             f"the {what} at step {s.step} is {number}; the update was not made.",
             got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
@@ -307,18 +319,28 @@ class Trainer:
             f"is of step {self.saved_step if self.saved_step is not None else 'none'}",
         )
         s.optimizer.zero_grad(set_to_none=True)
-        if policy == "stop" or s.nonfinite_in_a_row > MAX_NONFINITE:
+        if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
         if policy == "skip":
-            self.say("note", s.step, {"text": f"{error.what} Its rows are left out (train.nonfinite=skip)."})
+            self.say(
+                "note", s.step, {"text": f"{error.what} Its rows are left out (train.on_bad_step=skip)."}
+            )
             s.step += 1
         else:
             self._roll_back(error, data_step)
         return False
 
+    def _is_spike(self, loss: float) -> bool:
+        """Far above the losses before it; never before there are as many as the window holds."""
+        sigma, recent = self.config.train.spike_sigma, self.state.recent_losses
+        if sigma is None or len(recent) < SPIKE_WINDOW:
+            return False
+        return loss > statistics.fmean(recent) + sigma * statistics.pstdev(recent)
+
     def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
         """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
-        s, times = self.state, self.state.nonfinite_in_a_row
+        s, times = self.state, self.state.bad_in_a_row
+        self.settle()
         found = self.ranks.together(
             lambda: (
                 checkpoint.newest_valid(self.run_directory.checkpoints, say=lambda _: None)
@@ -329,11 +351,11 @@ class Trainer:
         if not self.ranks.from_main(found is not None):
             raise error
         self.restore(found)
-        s.skipped_steps, s.nonfinite_in_a_row = data_step + 1 - s.step, times
+        s.skipped_steps, s.bad_in_a_row = data_step + 1 - s.step, times
         if self.ranks.main:
             self.run_directory.rewind(s.step)
         text = (
-            f"{error.what} Back to step {s.step}, and past the rows up to there (train.nonfinite=rollback)."
+            f"{error.what} Back to step {s.step}, and past the rows up to there (train.on_bad_step=rollback)."
         )
         self.say("note", s.step, {"text": text})
 
@@ -365,39 +387,40 @@ class Trainer:
                 checkpoints that are there stay as they are.
         """
         s, ranks = self.state, self.ranks
+        self.settle()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
         model, optimizer = whole(named.model_tensors(s.model)), whole(tensors)
-        began = time.perf_counter()
-        failure: SaveFailed | None = None
+        self.saved_step = s.step
         if ranks.main:
-            try:
-                self._write(model, optimizer, scalars)
-            except SaveFailed as e:
-                failure = e
-        told = ranks.from_main(str(failure) if failure else None)
+            self.run_directory.sync()  # no step below the checkpoint may miss its line
+            state = self.facts | {name: getattr(s, name) for name in COUNTERS}
+            state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
+            state |= {"recent_losses": list(s.recent_losses)}
+            in_background = self.config.save.in_background and not required
+            if in_background:  # training changes them meanwhile
+                model, optimizer = (
+                    {k: t.detach().cpu().clone() for k, t in x.items()} for x in (model, optimizer)
+                )
+            self._saving = _Saving(self.run_directory.checkpoints, s.step, model, optimizer, state)
+            self._saving.start(in_background, keep=self.config.save.keep, best=s.best_step)
+        if required or not self.config.save.in_background:
+            self.settle(required=required)
+
+    def settle(self, *, required: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is, and say how it went; all ranks call it."""
+        saving, self._saving = self._saving, None
+        failure = saving.finish() if saving else None
+        told = self.ranks.from_main(str(failure) if failure else None)
+        if told:
+            self.saved_step = None
         if told and required:
             raise failure or PeerFailed(told, exit_status=SaveFailed.exit_status)
         if told:
-            self.say("note", s.step, {"text": f"{told}\n  training goes on; the next save will try again."})
-            return
-        self.saved_step = s.step
-        name = checkpoint.checkpoint_name(s.step)
-        self.say("save", s.step, {"path": name, "save_s": time.perf_counter() - began})
-
-    def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Rank 0's part of saving. Raises SaveFailed."""
-        s, folder = self.state, self.run_directory.checkpoints
-        self.run_directory.sync()  # no step below the checkpoint may miss its line
-        checkpoint.save_checkpoint(
-            folder,
-            step=s.step,
-            model=model,
-            optimizer=optimizer,
-            state=self.facts
-            | {name: getattr(s, name) for name in COUNTERS}
-            | {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()},
-        )
-        checkpoint.prune(folder, keep=self.config.save.keep, best=s.best_step)
+            step = saving.step if saving else self.state.step
+            self.say("note", step, {"text": f"{told}\n  training goes on; the next save will try again."})
+        elif saving:
+            name = checkpoint.checkpoint_name(saving.step)
+            self.say("save", saving.step, {"path": name, "save_s": saving.seconds})
 
     def restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Continue from a verified checkpoint, which only rank 0 reads; the others give None."""
@@ -440,7 +463,9 @@ class Trainer:
         self.listen(event, step, values)
 
     def close(self) -> None:
-        """Let the trackers write what they hold."""
+        """Let a checkpoint that is being written be finished, and the trackers write what they hold."""
+        if self._saving is not None:
+            self._saving.finish()
         for tracker in self.trackers:
             tracker.close()
 
@@ -512,6 +537,50 @@ class Trainer:
                 return cast(Tensor, model(x, y))
 
         return attempt
+
+
+class _Saving:
+    """One checkpoint being written, in a thread where that is asked for; nobody changes its tensors meanwhile."""
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        self.folder, self.step, self.seconds = folder, step, 0.0
+        self._model, self._optimizer, self._state = model, optimizer, state
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, in_background: bool, *, keep: int, best: int | None) -> None:
+        """Write it and prune older ones, here and now or in a thread."""
+        if not in_background:
+            self._write(keep, best)
+            return
+        self._thread = threading.Thread(target=self._write, args=(keep, best), name="regpt-save")
+        self._thread.start()
+
+    def finish(self) -> SaveFailed | None:
+        """Wait; what went wrong on the disk, if anything did."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None and not isinstance(self._error, SaveFailed):
+            raise self._error
+        return self._error
+
+    def _write(self, keep: int, best: int | None) -> None:
+        began = time.perf_counter()
+        try:
+            checkpoint.save_checkpoint(
+                self.folder, step=self.step, model=self._model, optimizer=self._optimizer, state=self._state
+            )
+            checkpoint.prune(self.folder, keep=keep, best=best)
+        except Exception as e:  # raised again by `finish`, in the thread that trains
+            self._error = e
+        self.seconds = time.perf_counter() - began
 
 
 class _Stopped(Exception):
