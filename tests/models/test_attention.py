@@ -16,10 +16,9 @@ from regpt.models.attention import attend, by_products
 @pytest.fixture(params=["fused", "products"])
 def products(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Both ways that float32 may go on a CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if request.param == "products" else "highest")
-    yield request.param == "products"
-    torch.set_float32_matmul_precision(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "products_in_float32", request.param == "products")
+        yield request.param == "products"
 
 
 def qkv(T: int, S: int | None = None) -> list[Tensor]:

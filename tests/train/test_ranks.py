@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -150,7 +151,8 @@ def test_a_frozen_rank_is_named_within_half_a_minute(config: Config) -> None:
     processes[0].join(60)
     os.kill(processes[1].pid, signal.SIGCONT)
     assert statuses(processes)[0] == 4
-    assert "rank 1 (last known: step 5) has been silent for 20 s" in said("run", 0)
+    # What it last said it was at: up to a second old, in which a model this small makes several steps.
+    assert re.search(r"rank 1 \(last known: (starting|step \d)\) has been silent for 20 s", said("run", 0))
     assert "train_step" in said("run", 0)  # the stack
 
 

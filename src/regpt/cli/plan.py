@@ -87,7 +87,7 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
         f"{'compiled' if plan.compile else 'eager'}",
         f"memory    {gib(memory.total)}: weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, "
         f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, logits {gib(memory.logits)}, "
-        f"process {gib(memory.process)}",
+        f"process {gib(memory.process)}" + (f", checkpoint {gib(memory.saving)}" if memory.saving else ""),
     ]
     if plan.time_s is not None:
         lines.append(f"time      about {duration(plan.time_s)} of training steps")

@@ -2,7 +2,7 @@
 
 On a CPU the fused kernel's backward pass is slow at short contexts in bfloat16 (measured, forward and backward of a layer:
 11.5 ms against 2.2 at 16 rows x 4 heads x 128 positions x 48, 136 against 54 at 64 x 6 x 256 x 64) and, in float32, where
-products go through oneDNN (`train/machine.fast_float32`; 15.9 against 2.8). The products keep a T x T matrix a head, which
+products go through oneDNN (`train/machine.using`; 15.9 against 2.8). The products keep a T x T matrix a head, which
 the kernel does not, so they are for contexts up to `PRODUCTS_UP_TO`.
 """
 
@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PRODUCTS_UP_TO = 512  # positions
+products_in_float32 = (
+    False  # set while float32 products go through oneDNN; a plain name, which Dynamo can guard
+)
 
 
 def by_products(device_type: str, dtype: torch.dtype, positions: int) -> bool:
     """Whether `attend` multiplies matrices itself instead of calling the fused kernel."""
     if device_type != "cpu" or not 1 < positions <= PRODUCTS_UP_TO:
         return False
-    return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+    return dtype == torch.bfloat16 or products_in_float32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> Tensor:

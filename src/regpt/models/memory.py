@@ -26,7 +26,7 @@ ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
-CPU_SEVERAL_PASSES = {"float32": (1.76, 2.60), "bfloat16": (1.30, 2.00), "float16": (1.30, 2.00)}
+CPU_SEVERAL_PASSES = {"float32": (1.76, 2.60), "bfloat16": (1.25, 1.80), "float16": (1.25, 1.80)}
 # Gradients of a model larger than its activations; the room that these leave is not all in the right places.
 CPU_GRADIENTS = 1.6
 
@@ -44,11 +44,22 @@ class Memory:
     """AdamW's two moments."""
     activations: int
     logits: int
+    saving: int = 0
+    """The copy of weights and moments that a checkpoint is written from while training goes on; 0 on a GPU."""
 
     @property
     def total(self) -> int:
         """Their sum."""
-        return self.process + self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        parts = (
+            self.process,
+            self.weights,
+            self.gradients,
+            self.optimizer,
+            self.activations,
+            self.logits,
+            self.saving,
+        )
+        return sum(parts)
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> int:
@@ -72,7 +83,14 @@ def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> 
 
 
 def memory_estimate(
-    config: ModelConfig, vocab_size: int, *, micro_rows: int, dtype: str, device_type: str, n_micro: int = 1
+    config: ModelConfig,
+    vocab_size: int,
+    *,
+    micro_rows: int,
+    dtype: str,
+    device_type: str,
+    n_micro: int = 1,
+    saves_in_background: bool = False,
 ) -> Memory:
     """The peak of one rank's process, in bytes.
 
@@ -80,6 +98,7 @@ def memory_estimate(
         micro_rows: rows of config.block_size in one forward pass.
         dtype: of matrix products; weights, gradients and moments are float32.
         n_micro: passes whose gradients are added up before an update.
+        saves_in_background: checkpoints are written while training goes on.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
     activations = tokens * config.n_layer * saved_bytes_per_token(config, dtype, device_type)
@@ -103,4 +122,5 @@ def memory_estimate(
         optimizer=8 * n.stored,
         activations=activations,
         logits=logits,
+        saving=12 * n.stored if saves_in_background and device_type == "cpu" else 0,
     )

@@ -16,6 +16,7 @@ import torch
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError, DeviceError
+from regpt.models import attention
 
 # Dense peak FLOP/s with bf16 or fp16 inputs, no sparsity; from the vendors' data sheets. Matched as
 # whole words of the device name, the first that fits.
@@ -174,7 +175,7 @@ def using(machine: Machine) -> Iterator[None]:
     to oneDNN when bfloat16 would do ("medium"); oneDNN makes use of that only where there is AMX, so this is for processors
     without, and only once a product has come out as float32's own.
     """
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), attention.products_in_float32
     try:
         torch.set_num_threads(machine.threads)
         _choose_float32_products(machine)
@@ -182,6 +183,7 @@ def using(machine: Machine) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.set_float32_matmul_precision(before[1])
+        attention.products_in_float32 = before[2]
 
 
 def _choose_float32_products(machine: Machine) -> None:
@@ -195,6 +197,8 @@ def _choose_float32_products(machine: Machine) -> None:
     x = 1 + 2**-12  # bfloat16 has no such number, and all 64 partial sums are exact in float32
     if not torch.equal(torch.full((64, 64), x) @ torch.ones(64, 64), torch.full((64, 64), 64 * x)):
         torch.set_float32_matmul_precision("highest")
+        return
+    attention.products_in_float32 = True
 
 
 def peak_memory_bytes(machine: Machine) -> int:

@@ -81,6 +81,8 @@ def make_plan(
     dtype = choose_dtype(config.train.dtype, machine, config.model)
     _check_ranks(config, world, dtype)
 
+    steps = config.train.steps
+
     def memory(micro_rows: int) -> Memory:
         return memory_estimate(
             config.model,
@@ -89,6 +91,8 @@ def make_plan(
             dtype=dtype,
             device_type=machine.kind,
             n_micro=rows // world // micro_rows,
+            saves_in_background=config.save.in_background
+            and (config.save.every or config.eval.every or steps) < steps,
         )
 
     if config.train.reduction == "exact" and world > 1 and not config.train.micro_rows:
