@@ -23,7 +23,7 @@ TRIAL_TOKENS = 2048  # of one timed pass at most,
 TRIAL_FLOPS = (
     4e11  # and arithmetic: a second or so on a slow machine. What is longer is scaled by its arithmetic
 )
-TRIAL_S = 0.4  # spent on timing each model, once it is warm
+TRIAL_S = 0.15  # spent on timing each model, once it is warm
 
 
 def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:

@@ -1,0 +1,109 @@
+"""SIGKILL at random instants of a run, again and again until it completes: to the bit as one that nobody touched.
+
+A kill keeps what the kernel has: this says nothing of power loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rank_child import start
+
+from regpt.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    SaveConfig,
+    TokenizerConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
+TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
+LIFE_S = 60.0  # no life of this run is longer
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Dropout on, a checkpoint at every other step: a good third of the time goes into saving and pruning."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return Config(
+        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
+        tokenizer=TokenizerConfig(name="bytes"),
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
+        train=TrainConfig(steps=40, batch_tokens=128, device="cpu", dtype="float32", threads=1),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        eval=EvalConfig(every=15),
+        save=SaveConfig(keep=2, every=2),
+        sample=SampleConfig(tokens=2),
+        track=TrackConfig(log_every=1),
+    )
+
+
+def outcome(out: str) -> tuple[list[tuple[str, int, str]], bytes, bytes]:
+    """Every loss to the bit, each once and in order, and the last weights and moments."""
+    entries = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    losses = [
+        (e["event"], e["step"], e.get("loss_hex") or e["val_loss_hex"])
+        for e in entries
+        if e["event"] in ("step", "eval")
+    ]
+    last = Path(out) / "checkpoints/step-000040"
+    return losses, (last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()
+
+
+def live(config: Config, out: str, seconds: float | None) -> int:
+    """One life of the run, killed after so many seconds; its exit status."""
+    (process,) = start(1, config, out)
+    process.join(seconds if seconds is not None else LIFE_S)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    status = process.exitcode
+    assert isinstance(status, int)
+    return status
+
+
+@pytest.mark.parametrize(
+    ("in_background", "kills"),
+    [
+        (True, 12),
+        (False, 4),
+        pytest.param(True, 700, marks=pytest.mark.slow),
+        pytest.param(False, 300, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_instant(config: Config, in_background: bool, kills: int) -> None:
+    config = dataclasses.replace(config, save=dataclasses.replace(config.save, in_background=in_background))
+    began = time.monotonic()
+    assert live(config, "whole", None) == 0
+    whole_s, expected = time.monotonic() - began, outcome("whole")
+    chance = random.Random(kills)
+    done, runs, ends = 0, 0, Counter[int]()
+    while done < kills:
+        out = f"run-{runs}"
+        runs += 1
+        lives = 0
+        while (status := live(config, out, chance.uniform(0.3, 1.2) * whole_s if lives < 50 else None)) != 0:
+            ends[status] += 1
+            assert status == -signal.SIGKILL, Path(f"{out}.stderr-0").read_text()
+            done, lives = done + 1, lives + 1
+        assert outcome(out) == expected, f"{out}, after {lives} kills"
+        left = [p.name for p in (Path(out) / "checkpoints").iterdir() if not p.name.startswith("step-")]
+        assert left == [], "debris"
+    print(
+        f"{done} kills in {runs} runs, each equal to the bit to the whole one; a life takes {whole_s:.1f} s"
+    )
