@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,22 @@ SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child"])
 Fault = tuple[int, int, str]  # rank, step, what
 
 
-def start(world: int, config: Config, out: str | Path, fault: Fault | None = None) -> list[Any]:
-    """`session.train` on `world` ranks, in the current folder."""
+def start(
+    world: int,
+    config: Config,
+    out: str | Path,
+    fault: Fault | None = None,
+    others: Mapping[int, Config] | None = None,
+) -> list[Any]:
+    """`session.train` on `world` ranks, in the current folder; `others`: ranks that have other settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        SPAWN.Process(target=_rank, args=(rank, world, port, config, str(out), os.getcwd(), fault))
+        SPAWN.Process(
+            target=_rank,
+            args=(rank, world, port, (others or {}).get(rank, config), str(out), os.getcwd(), fault),
+        )
         for rank in range(world)
     ]
     for process in processes:
@@ -112,7 +121,9 @@ def _plant(fault: Fault) -> None:
 
         setattr(Trainer, name, wrapped)
 
-    if what in signal.Signals.__members__:
+    if what == "SIGTERM in evaluation":
+        at_step("evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    elif what in signal.Signals.__members__:
         at_step("train_step", lambda *_: os.kill(os.getpid(), signal.Signals[what]))
     elif what.endswith("weight"):
         at_step(
@@ -129,7 +140,7 @@ def _plant(fault: Fault) -> None:
                 self.compute_loss = good
                 return good(x, y) * (bad if self.state.step == at else 1.0)
 
-            if step == at:
+            if self.state.step == at and (step == at or what.startswith("always")):
                 self.compute_loss = once
 
         Trainer.seed_dropout = spoiled  # type: ignore[method-assign]

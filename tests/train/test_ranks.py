@@ -32,6 +32,7 @@ from regpt.data.loader import eval_batches
 from regpt.errors import ConfigError
 from regpt.models import IGNORE
 from regpt.train import session
+from regpt.train.loop import MAX_BAD
 from regpt.train.machine import probe
 from regpt.train.parallel import TreeSum
 from regpt.train.plan import make_plan
@@ -101,6 +102,31 @@ def test_ranks_follow_one_process(config: Config, strategy: str, group: int | No
     one, many = ([float.fromhex(x) for _, x in curve(out)] for out in ("one", "many"))
     assert many == pytest.approx(one, rel=2e-5)
     assert log("many", "eval")[-1]["val_tokens"] == log("one", "eval")[-1]["val_tokens"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_stop_in_an_evaluation_begins_the_next_sitting_with_it(config: Config, strategy: str) -> None:
+    """Shards are then gathered for the first time without gradients, and trained on afterwards."""
+    config = with_train(config, strategy=strategy)
+    assert train(2, config, "whole") == [0, 0]
+    assert train(2, config, "run", (0, 4, "SIGTERM in evaluation")) == [143, 143], said("run", 0)
+    assert train(2, config, "run") == [0, 0], said("run", 0)
+    assert (curve("run"), tensors("run")) == (curve("whole"), tensors("whole"))
+
+
+def test_ranks_with_other_settings_are_refused(config: Config) -> None:
+    """Each would wait for the other for ever."""
+    processes = start(2, config, "run", others={1: with_train(config, micro_rows=4)})
+    assert statuses(processes) == [2, 2]
+    assert "rank 1 plans another run than rank 0; different: micro_rows, n_micro" in said("run", 1)
+
+
+def test_rolling_back_again_and_again_ends(config: Config) -> None:
+    """A fault that comes back with every row is no fault of the rows."""
+    config = with_train(config, on_bad_step="rollback")
+    assert train(1, config, "run", (0, 6, "always nan loss")) == [3], said("run", 0)
+    assert "the loss at step 6 is nan" in said("run", 0)
+    assert len([e for e in log("run", "note") if "on_bad_step=rollback" in e["text"]]) == MAX_BAD
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

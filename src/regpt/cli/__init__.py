@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
 from regpt import __version__
-from regpt.errors import RegptError, UsageError, did_you_mean
+from regpt.errors import PeerFailed, RegptError, UsageError, did_you_mean
 
 COMMANDS = {
     "train": "train a model (no preset: demo): prepare if needed, train, evaluate, sample",
@@ -88,7 +88,7 @@ def _report(error: BaseException, as_json: bool) -> int:
         what, hint = f"internal error: {kind}: {error}", "the same command with --debug"
         text = f"regpt: {what}\n  this is a fault of regpt; {hint} shows where."
     print(text, file=sys.stderr, flush=True)
-    if as_json:
+    if as_json and (os.environ.get("RANK", "0") == "0" or not isinstance(error, PeerFailed)):
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"error": {"kind": kind, "message": what, **more, "try": hint}}), flush=True)
     return status

@@ -64,7 +64,11 @@ def options(make: type, prefix: str = "") -> dict[str, Any]:
             bare = any(getattr(m, "name", None) == "" for m in marks)
             found |= options(typing.cast(type, kind), prefix if bare else f"{prefix}{f.name}.")
         else:
-            found["--" + (prefix + f.name).replace("_", "-")] = kind
+            names = ["--" + (prefix + f.name).replace("_", "-")]
+            names += [
+                alias for m in marks for alias in getattr(m, "aliases", None) or () if alias.startswith("--")
+            ]
+            found |= dict.fromkeys(names, kind)
     return found
 
 

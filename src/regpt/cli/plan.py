@@ -75,13 +75,14 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
             f"data      {data.source.name}: {train.n_tokens:,} training{val} tokens, "
             f"{data.tokenizer.kind} of {plan.vocab_size:,}"
         )
+    ranks = f" on {plan.world} ranks ({plan.strategy}, {plan.reduction} reduction)" if plan.world > 1 else ""
     accumulation = f" in {plan.n_micro} micro-batches of {plan.micro_rows}" if plan.n_micro > 1 else ""
     epochs = f", {plan.epochs:.2f} epochs" if plan.epochs is not None else ""
     memory = plan.memory
     lines += [
         f"model     {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}, "
         f"vocabulary {plan.vocab_size:,} (padded {plan.padded_vocab_size:,}): {plan.parameters:,} parameters",
-        f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{accumulation}",
+        f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{ranks}{accumulation}",
         f"steps     {plan.steps:,}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
         f"machine   {machine.device}: {machine.name}, {machine.threads} threads; {plan.dtype}, "
         f"{'compiled' if plan.compile else 'eager'}",

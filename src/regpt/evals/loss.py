@@ -32,7 +32,7 @@ class SplitLoss:
         return math.exp(min(self.nats, 700.0))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP makes tensors here that training uses later
 def split_loss(
     model: LanguageModel,
     split: TokenSplit,

@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 BEAT_S = 1.0  # every process says so often that it is alive,
 SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
+OVER = "over"  # what a process leaves that has ended by itself
 PEER_EXIT = 4  # the exit status where another rank's silence ended us
 
 
@@ -159,21 +160,28 @@ def joined(kind: str) -> Iterator[Ranks]:
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(ranks, over), name="regpt-heartbeat", daemon=True)
     watch.start()
+    lost = False
     try:
         yield ranks
     except RuntimeError as e:
-        if not _connection_lost(e):
+        lost = _connection_lost(e)
+        if not lost:
             raise
         raise PeerFailed(
             f"rank {ranks.rank} of {world}, {ranks.doing}: a peer was lost: {str(e).splitlines()[0]}",
             hint="the first rank to fail says why; the same command continues from the last checkpoint",
             exit_status=PEER_EXIT,
         ) from e
+    else:
+        dist.barrier()  # whoever has more to close is still heard
     finally:
         over.set()
-        watch.join()
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # the others need not wait for us any more
+            store.set(f"regpt/beat/{rank}", OVER)
+        watch.join(timeout=2 * BEAT_S)
+        if not (lost and kind == "cuda"):  # NCCL waits for a peer that will not come
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def _connection_lost(error: RuntimeError) -> bool:
@@ -197,7 +205,7 @@ def _watch(ranks: Ranks, over: threading.Event) -> None:
             for other, (beat, since) in last.items():
                 key = f"regpt/beat/{other}"
                 now = store.get(key).decode() if store.check([key]) else ""
-                if now != beat:
+                if now == OVER or now != beat:
                     last[other] = (now, time.monotonic())
                 elif time.monotonic() - since > SILENT_S:
                     _give_up(ranks, other, beat.partition(" ")[2] or "starting")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
 import sys
 import uuid
+from typing import Any
 
 from regpt.errors import ConfigError, PeerFailed
+from regpt.train.dist import PEER_EXIT
 
-SAVE_S = 30  # that torchrun grants processes after a signal; a second signal ends them at once
+SAVE_S = 600  # that processes have for saving after a signal, before torchrun ends them
 
 
 def launch(nproc: int, words: list[str]) -> int:
@@ -25,11 +28,13 @@ def launch(nproc: int, words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # our processes say what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    names = [n for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
+    if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        names.remove("SIGHUP")
+    more: dict[str, Any] = {}
+    if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
+        more["shutdown_timeout"] = SAVE_S
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -39,8 +44,11 @@ def launch(nproc: int, words: list[str]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle=",".join(n for n in names if hasattr(signal, n)),
+        signals_to_handle=",".join(names),
+        **more,
     )
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    logging.disable(logging.ERROR)  # our processes say what is wrong
     try:
         elastic_launch(config, sys.executable)("-m", "regpt", *words)
     except SignalException as e:
@@ -54,5 +62,10 @@ def launch(nproc: int, words: list[str]) -> int:
                 exit_status=128 + killed[0],
                 hint="the same command continues from the last checkpoint",
             ) from None
-        return max(s for s in statuses if s > 0)
+        said = {s for s in statuses if s > 0}
+        return max(said - {PEER_EXIT} or said)  # what began it, not what followed from it
+    finally:
+        logging.disable(logging.NOTSET)
+        for name, handler in before.items():  # torchrun leaves its own
+            signal.signal(getattr(signal, name), handler)
     return 0

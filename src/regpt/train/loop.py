@@ -72,6 +72,8 @@ class TrainState:
     skipped_steps: int = 0
     """Global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
     bad_in_a_row: int = 0
+    """Bad steps of which each came within MAX_BAD steps of the one before."""
+    last_bad_step: int = -1_000_000
     recent_losses: list[float] = dataclasses.field(default_factory=list)
     """The last SPIKE_WINDOW, where spikes are looked for."""
     best_step: int | None = None
@@ -251,10 +253,16 @@ class Trainer:
 
         def polled() -> Iterator[Piece]:
             for piece in generate(cast(LanguageModel, s.model), self.tokenizer, prompt, self.sampling):
-                self.poll()
+                if (
+                    self.ranks.world == 1
+                ):  # ranks might draw texts of different lengths, and then poll unequally often
+                    self.poll()
                 yield piece
 
-        text = collect(polled(), self.tokenizer.eot_id)[0].text
+        text = ""
+        if self.ranks.main or self.gradients.sharded:
+            text = collect(polled(), self.tokenizer.eot_id)[0].text
+        self.poll()
         s.sampled_step = s.step
         self.say("sample", s.step, {"prompt": prompt, "text": text})
 
@@ -296,11 +304,12 @@ class Trainer:
         finite = math.isfinite(loss) and (math.isfinite(norm) or scaling)
         spiked = finite and self._is_spike(loss)
         if not self.ranks.largest(not finite or spiked):
-            s.bad_in_a_row = 0
             if self.config.train.spike_sigma is not None:
                 s.recent_losses = [*s.recent_losses, loss][-SPIKE_WINDOW:]
             return True
-        s.bad_in_a_row += 1
+        self.settle()  # so that the message, and going back, know the last checkpoint
+        s.bad_in_a_row = s.bad_in_a_row + 1 if s.step <= s.last_bad_step + MAX_BAD else 1
+        s.last_bad_step = s.step
         rows, data_step, policy = (
             self.plan.batch_rows,
             s.step + s.skipped_steps,
@@ -318,6 +327,7 @@ class Trainer:
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
             f"is of step {self.saved_step if self.saved_step is not None else 'none'}",
         )
+        s.scaler.update()  # it was asked to unscale, and is not asked to step
         s.optimizer.zero_grad(set_to_none=True)
         if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
@@ -339,11 +349,17 @@ class Trainer:
 
     def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
         """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
-        s, times = self.state, self.state.bad_in_a_row
-        self.settle()
+        s = self.state
+        times, bad_step = s.bad_in_a_row, s.last_bad_step
+
+        def note(text: str) -> None:
+            self.say("note", s.step, {"text": text})
+
         found = self.ranks.together(
             lambda: (
-                checkpoint.newest_valid(self.run_directory.checkpoints, say=lambda _: None)
+                checkpoint.newest_valid(
+                    self.run_directory.checkpoints, say=lambda text: self.say("note", s.step, {"text": text})
+                )
                 if self.ranks.main
                 else None
             )
@@ -351,7 +367,7 @@ class Trainer:
         if not self.ranks.from_main(found is not None):
             raise error
         self.restore(found)
-        s.skipped_steps, s.bad_in_a_row = data_step + 1 - s.step, times
+        s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
         if self.ranks.main:
             self.run_directory.rewind(s.step)
         text = (
@@ -464,8 +480,8 @@ class Trainer:
 
     def close(self) -> None:
         """Let a checkpoint that is being written be finished, and the trackers write what they hold."""
-        if self._saving is not None:
-            self._saving.finish()
+        if self._saving is not None and (failure := self._saving.finish()):
+            self.say("note", self._saving.step, {"text": str(failure)})
         for tracker in self.trackers:
             tracker.close()
 
@@ -506,7 +522,7 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self.machine),
         }
         if self.machine.peak_flops and plan.dtype != "float32":  # the data sheet's figure is for 16 bits
-            numbers["mfu"] = per_second * plan.flops_per_token / self.machine.peak_flops
+            numbers["mfu"] = per_second * plan.flops_per_token / (self.machine.peak_flops * plan.world)
         return numbers
 
     def _compiled(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -568,7 +584,9 @@ class _Saving:
         if self._thread is not None:
             self._thread.join()
         if self._error is not None and not isinstance(self._error, SaveFailed):
-            raise self._error
+            return SaveFailed(
+                f"the checkpoint of step {self.step}: {self._error}", self.folder, no_space=False
+            )
         return self._error
 
     def _write(self, keep: int, best: int | None) -> None:

@@ -90,6 +90,11 @@ def probe(device: str = "auto", threads: int | None = None, *, setting: str = "t
     n_threads = threads or max(
         1, torch.get_num_threads() if local_world == 1 else (os.cpu_count() or 1) // local_world
     )
+    if kind == "cuda" and index and local_world > 1:
+        raise ConfigError(
+            f"{setting}={device}: each of {local_world} processes needs a GPU of its own.",
+            hint="--train.device cuda",
+        )
     if kind == "cuda" and not index:
         index = str(local_rank)  # each rank of a host has its own
     if kind == "cuda":

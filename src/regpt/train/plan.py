@@ -155,6 +155,12 @@ def _check(config: Config) -> None:
         raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
     if not 0 <= config.sample.temperature < math.inf:
         raise ConfigError("sample.temperature must be 0 (greedy) or more.", got=config.sample.temperature)
+    if config.train.spike_sigma is not None and not config.train.spike_sigma > 0:
+        raise ConfigError(
+            "train.spike_sigma must be above 0.",
+            got=config.train.spike_sigma,
+            hint="--train.spike-sigma none",
+        )
     if not 0 <= config.seed < 2**63:
         raise ConfigError("seed must lie in [0, 2^63).", got=config.seed)
 

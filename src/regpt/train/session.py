@@ -19,7 +19,7 @@ from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
-from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
+from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
@@ -112,6 +112,7 @@ def _train(
             train_tokens=shards.split("train").n_tokens,
             world=ranks.world,
         )
+        ranks.together(lambda: _same_plan(plan, ranks))
         plan = with_time(plan, config, machine)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
@@ -128,6 +129,31 @@ def _train(
                 hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
             ) from e
         return _result(trainer, run)
+
+
+def _same_plan(plan: Plan, ranks: Ranks) -> None:
+    """Ranks that divide the batch unequally would wait for one another for ever."""
+    names = (
+        "micro_rows",
+        "n_micro",
+        "dtype",
+        "steps",
+        "batch_rows",
+        "parameters",
+        "strategy",
+        "reduction",
+        "compile",
+    )
+    ours = {name: getattr(plan, name) for name in names}
+    theirs = ranks.from_main(ours)
+    if other := [name for name in names if ours[name] != theirs[name]]:
+        raise ConfigError(
+            f"rank {ranks.rank} plans another run than rank 0; different: {', '.join(other)}.",
+            got=", ".join(str(ours[name]) for name in other),
+            expected=", ".join(str(theirs[name]) for name in other),
+            hint=f"the same settings everywhere, with --train.micro-rows {theirs['micro_rows']} "
+            f"--train.dtype {theirs['dtype']}",
+        )
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -221,7 +247,12 @@ def _newest(
 def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, listen: Listener) -> None:
     """Exact resume holds for the same build, processor, threads, micro-batch and dtype: say aloud what changed."""
     then, now = before["plan"] | before["machine"], as_dict(plan) | dataclasses.asdict(machine)
-    changed = [k for k in ("dtype", "micro_rows", "threads", "name", "device") if then.get(k) != now[k]]
+    changed = [
+        k for k in ("dtype", "micro_rows", "threads", "name", "device", "reduction") if then.get(k) != now[k]
+    ]
+    worlds = then.get("world", 1), now["world"]
+    if worlds[0] != worlds[1] and plan.reduction != "exact":
+        changed.append("world")
     if before["versions"].get("torch") != str(torch.__version__):
         changed.append("torch")
     if changed:
