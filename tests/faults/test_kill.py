@@ -19,37 +19,25 @@ from rank_child import start
 
 from regpt.config import (
     Config,
-    DataConfig,
     EvalConfig,
-    ModelConfig,
-    OptimConfig,
     SampleConfig,
     SaveConfig,
-    TokenizerConfig,
-    TrackConfig,
-    TrainConfig,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
-TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
 LIFE_S = 60.0  # no life of this run is longer
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Dropout on, a checkpoint at every other step: a good third of the time goes into saving and pruning."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return Config(
-        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(name="bytes"),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
-        train=TrainConfig(steps=40, batch_tokens=128, device="cpu", dtype="float32", threads=1),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+def config(tiny_run: Config) -> Config:
+    """A checkpoint at every other step: a good third of the time goes into saving and pruning."""
+    train = dataclasses.replace(tiny_run.train, steps=40, batch_tokens=128, threads=1)
+    return dataclasses.replace(
+        tiny_run,
+        train=train,
         eval=EvalConfig(every=15),
         save=SaveConfig(keep=2, every=2),
         sample=SampleConfig(tokens=2),
-        track=TrackConfig(log_every=1),
     )
 
 
@@ -82,8 +70,8 @@ def live(config: Config, out: str, seconds: float | None) -> int:
     [
         (True, 12),
         (False, 4),
-        pytest.param(True, 120, marks=pytest.mark.slow),
-        pytest.param(False, 60, marks=pytest.mark.slow),
+        pytest.param(True, 400, marks=pytest.mark.slow),
+        pytest.param(False, 200, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_instant(config: Config, in_background: bool, kills: int) -> None:

@@ -17,15 +17,9 @@ import torch.nn.functional as F
 
 from regpt.config import (
     Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
     SampleConfig,
     SaveConfig,
     TokenizerConfig,
-    TrackConfig,
-    TrainConfig,
 )
 from regpt.data.corpus import corpus
 from regpt.data.loader import Loader
@@ -38,25 +32,11 @@ from regpt.train.loop import Trainer
 from regpt.train.machine import probe, using
 from regpt.train.parallel import Gradients
 
-TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
-
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A model that trains in a second, in an empty folder, on a text of its own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return Config(
-        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(name="bytes"),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
-        train=TrainConfig(steps=12, batch_tokens=256, device="cpu", dtype="float32"),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
-        eval=EvalConfig(every=4),
-        save=SaveConfig(keep=2),
-        sample=SampleConfig(tokens=4),
-        track=TrackConfig(log_every=1),
-    )
+def config(tiny_run: Config) -> Config:
+    """A model that trains in a second."""
+    return tiny_run
 
 
 def weights(out: str | Path) -> str:
@@ -321,7 +301,7 @@ def test_changed_text_is_refused_before_it_is_prepared(config: Config) -> None:
     """And --fresh then learns the tokenizer of the new text, not the old run's."""
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(name="chars"))
     session.train(config, "run")
-    Path("text.txt").write_text(TEXT.replace("ducks", "GEESE"), encoding="utf-8")
+    Path("text.txt").write_text(Path("text.txt").read_text().replace("ducks", "GEESE"), encoding="utf-8")
     before = list(Path("data").iterdir())
     with pytest.raises(CheckpointError, match="the text changed since the run in run was begun: source"):
         session.train(config, "run")

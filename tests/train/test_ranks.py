@@ -18,15 +18,8 @@ from rank_child import said, start, statuses, train
 
 from regpt.config import (
     Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
     SampleConfig,
     SaveConfig,
-    TokenizerConfig,
-    TrackConfig,
-    TrainConfig,
 )
 from regpt.data.loader import eval_batches
 from regpt.errors import ConfigError
@@ -38,25 +31,13 @@ from regpt.train.parallel import TreeSum
 from regpt.train.plan import make_plan
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
-TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Config:
-    """A model that trains in a second, prepared already, in an empty folder: 8 rows in micro-batches of 2."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return Config(
-        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(name="bytes"),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
-        train=TrainConfig(steps=8, batch_tokens=256, micro_rows=2, device="cpu", dtype="float32", threads=1),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
-        eval=EvalConfig(every=4),
-        save=SaveConfig(keep=3),
-        sample=SampleConfig(tokens=2),
-        track=TrackConfig(log_every=1),
-    )
+def config(tiny_run: Config, one_thread: None) -> Config:
+    """8 rows in micro-batches of 2."""
+    config = with_train(tiny_run, steps=8, micro_rows=2, threads=1)
+    return dataclasses.replace(config, save=SaveConfig(keep=3), sample=SampleConfig(tokens=2))
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -178,19 +178,20 @@ def _trainer(
     ranks: Ranks,
 ) -> Trainer:
     """A trainer at step 0, or where the newest valid checkpoint stands; the run directory says what it is."""
-    facts = {
-        "model_config": to_dict(config.model),
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "data_fingerprint": shards.manifest.fingerprint,
-    }
+    facts = _facts(config, tokenizer, shards)
 
     def note(text: str) -> None:
         listen("note", 0, {"text": text})
 
-    before = run.read() if ranks.main and run.begun else None
+    before = ranks.together(lambda: run.read() if ranks.main and run.begun else None)
     found = ranks.together(lambda: _newest(run, facts, note) if ranks.main else None)
     step = found.step if found is not None else None
+    tracked = to_dict(config)
+    trackers = ranks.together(
+        lambda: (
+            make_trackers(config.track, run.path, tracked, say=note, resumed_step=step) if ranks.main else []
+        )
+    )
     torch.manual_seed(config.seed)
     model = GPT2(config.model, tokenizer.vocab_size)
     model.checkpoint_activations = config.train.checkpoint_activations
@@ -204,27 +205,36 @@ def _trainer(
         shards.split("val") if "val" in shards.splits else None,
         run=run,
         facts=facts,
-        trackers=make_trackers(config.track, run.path, to_dict(config), say=note, resumed_step=step)
-        if ranks.main
-        else [],
+        trackers=trackers,
         listen=listen,
         stop=stop,
         ranks=ranks,
     )
     if ranks.from_main(found is not None):
         trainer.restore(found)
-    if before is not None:
-        _say_what_breaks_bits(before, plan, machine, listen)
-        _rewind(run, trainer.state.step, listen)
-    if ranks.main:
-        tokenizer.save(run.tokenizer)
-        run.begin(
-            config=to_dict(config),
-            plan=as_dict(plan),
-            facts=facts | {"text": text_identity(config)},
-            machine=dataclasses.asdict(machine),
-        )
+
+    def begin() -> None:
+        if before is not None:
+            _say_what_breaks_bits(before, plan, machine, listen)
+            _rewind(run, trainer.state.step, listen)
+        if ranks.main:
+            tokenizer.save(run.tokenizer)
+            text = {"text": text_identity(config)}
+            of_machine = dataclasses.asdict(machine)
+            run.begin(config=tracked, plan=as_dict(plan), facts=facts | text, machine=of_machine)
+
+    ranks.together(begin)
     return trainer
+
+
+def _facts(config: Config, tokenizer: Tokenizer, shards: Shards) -> dict[str, Any]:
+    """What a checkpoint needs to be loaded without the run's settings."""
+    return {
+        "model_config": to_dict(config.model),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "data_fingerprint": shards.manifest.fingerprint,
+    }
 
 
 def _rewind(run: RunDirectory, step: int, listen: Listener) -> None:
