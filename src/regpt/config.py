@@ -103,7 +103,7 @@ class TrainConfig:
     """Keep only the stream between layers and compute the rest again in the backward pass: less memory, a third slower."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """A loss or gradient that is not finite, or a spike. stop: exit 3; skip: leave the update out; rollback: go back to
-    the last checkpoint and pass over the rows between it and here. After 10 in a row, stop."""
+    the last checkpoint and pass over the rows between it and here. After 10 close together, stop."""
     spike_sigma: float | None = None
     """A loss so many standard deviations above the mean of the last 100 is a bad step too. None: it is not."""
 
