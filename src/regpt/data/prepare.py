@@ -268,29 +268,38 @@ def _threshold(source: Source, val_fraction: float | None, work: Path) -> int:
     if not val_fraction or source.single_text:
         return 0
     threshold = int(val_fraction * HASHES)
-    lowest, kept, seen, lowest_bytes, all_bytes = HASHES, False, 0, 0, 0
+    lowest, kept, seen = HASHES, False, 0
     with tempfile.TemporaryDirectory(dir=work) as folder:
         for document in _read(source.parts(Path(folder))):
             hashed = document_hash(document)
             if hashed is None:
                 continue
-            size = sum(len(piece) for piece in document())
-            seen, all_bytes = seen + 1, all_bytes + size
-            lowest_bytes = size if hashed < lowest else lowest_bytes + size * (hashed == lowest)
-            lowest = min(lowest, hashed)
+            seen, lowest = seen + 1, min(lowest, hashed)
             kept = kept or hashed >= threshold
             if kept and lowest < threshold:
                 return threshold
     if seen == 0:
         return threshold  # said where all that was skipped is known
-    if seen == 1 or not kept or lowest_bytes > all_bytes / 2:
-        share = f"{lowest_bytes / max(all_bytes, 1):.0%} of the text (equal documents stay together)"
-        noun = "the only document" if seen == 1 else f"every one of {seen} documents" if not kept else share
+    noun = "the only document" if seen == 1 else f"every one of {seen} documents" if not kept else None
+    if noun is None and (share := _share(source, lowest, work)) > 0.5:
+        noun = f"{share:.0%} of the text (equal documents stay together)"
+    if noun is not None:
         raise DataError(
             f"{source.spec}: val_fraction={val_fraction} would hold out {noun} or nothing.",
             hint="--val-fraction 0, or validation text of its own: --val-source",
         )
     return lowest + 1
+
+
+def _share(source: Source, hashed: int, work: Path) -> float:
+    """How much of the text the documents of this hash are; reads all of it."""
+    held = total = 0
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        for document in _read(source.parts(Path(folder))):
+            if (own := document_hash(document)) is not None:
+                size = sum(len(piece) for piece in document())
+                total, held = total + size, held + size * (own == hashed)
+    return held / max(total, 1)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

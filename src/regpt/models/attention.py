@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PRODUCTS_UP_TO = 512  # positions
-products_in_float32 = (
-    False  # set while float32 products go through oneDNN; a plain name, which Dynamo can guard
-)
+# Set while float32 products go through oneDNN; a plain name, which Dynamo can guard.
+products_in_float32 = False
 
 
 def by_products(device_type: str, dtype: torch.dtype, positions: int) -> bool:

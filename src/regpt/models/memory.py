@@ -9,6 +9,7 @@ measured yet. torch.compile needs less.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +51,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Their sum."""
-        parts = (
-            self.process,
-            self.weights,
-            self.gradients,
-            self.optimizer,
-            self.activations,
-            self.logits,
-            self.saving,
-        )
-        return sum(parts)
+        return sum(dataclasses.astuple(self))
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> int:

@@ -41,7 +41,6 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    local_world: int = 1
     store: Any = field(default=None, repr=False)
     """torch.distributed.Store: keys and values that all processes see."""
     doing: str = "starting"
@@ -154,7 +153,6 @@ def joined(kind: str) -> Iterator[Ranks]:
         rank=rank,
         world=world,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         store=store,
     )
     over = threading.Event()

@@ -6,7 +6,6 @@ because no single rate describes a processor: a layer's products, attention and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 
@@ -16,13 +15,11 @@ from regpt.config import Config, ModelConfig
 from regpt.models.count import flops_per_token
 from regpt.models.gpt2 import GPT2
 from regpt.optim.groups import adamw
-from regpt.train.machine import Machine
+from regpt.train.machine import Machine, autocast
 from regpt.train.plan import Plan
 
 TRIAL_TOKENS = 2048  # of one timed pass at most,
-TRIAL_FLOPS = (
-    4e11  # and arithmetic: a second or so on a slow machine. What is longer is scaled by its arithmetic
-)
+TRIAL_FLOPS = 4e11  # and arithmetic: a second or so on a slow machine; what is longer is scaled by it
 TRIAL_S = 0.15  # spent on timing each model, once it is warm
 
 
@@ -61,12 +58,11 @@ def _pass_and_update_s(
     model = GPT2(shape, plan.vocab_size).to(machine.device)
     optimizer = adamw(model, config.optim, machine.kind)
     ids = torch.zeros(rows, shape.block_size, dtype=torch.int64, device=machine.device)
-    mixed = plan.dtype != "float32"
     best_pass = best_update = float("inf")
     began = None
     while began is None or time.perf_counter() - began < TRIAL_S:
         marks = [time.perf_counter()]
-        with torch.autocast(machine.kind, getattr(torch, plan.dtype)) if mixed else contextlib.nullcontext():
+        with autocast(machine, plan.dtype):
             loss = model(ids, ids)
         loss.backward()
         loss.item()  # waits for the device

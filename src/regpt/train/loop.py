@@ -36,7 +36,7 @@ from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
 from regpt.train.checkpoint import SaveFailed
 from regpt.train.dist import Ranks
-from regpt.train.machine import Machine, peak_memory_bytes
+from regpt.train.machine import Machine, autocast, peak_memory_bytes
 from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
 from regpt.train.plan import Plan
 from regpt.train.run import RunDirectory
@@ -50,7 +50,7 @@ EVAL_LOGITS = (
     1 << 22
 )  # and with at most so many logits, so that evaluating needs no more memory than training
 SPIKE_WINDOW = 100  # losses that a spike is measured against
-MAX_BAD = 10  # losses or gradients in a row that are not finite, after which no policy goes on
+MAX_BAD = 10  # bad steps, each within so many of the one before, after which no policy goes on
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
 
 
@@ -253,9 +253,8 @@ class Trainer:
 
         def polled() -> Iterator[Piece]:
             for piece in generate(cast(LanguageModel, s.model), self.tokenizer, prompt, self.sampling):
-                if (
-                    self.ranks.world == 1
-                ):  # ranks might draw texts of different lengths, and then poll unequally often
+                # Ranks might draw texts of different lengths, and then poll unequally often.
+                if self.ranks.world == 1:
                     self.poll()
                 yield piece
 
@@ -288,10 +287,8 @@ class Trainer:
     def poll(self) -> None:
         """Leave the work here if a signal asked for it. No update is half made at any place that calls this."""
         self.ranks.doing = f"step {self.state.step}"
-        signum = self.ranks.largest(
-            self.stop.signum or 0
-        )  # a signal to one rank stops all, at the same place
-        if signum:
+        # A signal to one rank stops all, at the same place.
+        if signum := self.ranks.largest(self.stop.signum or 0):
             self.stop.signum = signum
             self.gradients.drop()
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -357,11 +354,7 @@ class Trainer:
 
         found = self.ranks.together(
             lambda: (
-                checkpoint.newest_valid(
-                    self.run_directory.checkpoints, say=lambda text: self.say("note", s.step, {"text": text})
-                )
-                if self.ranks.main
-                else None
+                checkpoint.newest_valid(self.run_directory.checkpoints, say=note) if self.ranks.main else None
             )
         )
         if not self.ranks.from_main(found is not None):
@@ -370,10 +363,9 @@ class Trainer:
         s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
         if self.ranks.main:
             self.run_directory.rewind(s.step)
-        text = (
+        note(
             f"{error.what} Back to step {s.step}, and past the rows up to there (train.on_bad_step=rollback)."
         )
-        self.say("note", s.step, {"text": text})
 
     def check_first_loss(self, loss: float) -> None:
         """A fresh model knows nothing, so its loss is ln(V); anything else is a fault worth a word."""
@@ -411,11 +403,10 @@ class Trainer:
             self.run_directory.sync()  # no step below the checkpoint may miss its line
             state = self.facts | {name: getattr(s, name) for name in COUNTERS}
             state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
-            state |= {"recent_losses": list(s.recent_losses)}
             in_background = self.config.save.in_background and not required
             if in_background:  # training changes them meanwhile
                 model, optimizer = (
-                    {k: t.detach().cpu().clone() for k, t in x.items()} for x in (model, optimizer)
+                    {k: t.detach().to("cpu", copy=True) for k, t in x.items()} for x in (model, optimizer)
                 )
             self._saving = _Saving(self.run_directory.checkpoints, s.step, model, optimizer, state)
             self._saving.start(in_background, keep=self.config.save.keep, best=s.best_step)
@@ -489,9 +480,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Matrix products in the plan's dtype; weights stay float32."""
-        if self.plan.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.machine.kind, dtype=getattr(torch, self.plan.dtype))
+        return autocast(self.machine, self.plan.dtype)
 
     def move(self, x: Tensor) -> Tensor:
         """To the device, without waiting where that is possible."""

@@ -150,6 +150,13 @@ def choose_dtype(asked: str, machine: Machine, model: ModelConfig) -> str:
     return "bfloat16" if machine.kind == "cpu" and machine.fast_bf16 and large else "float32"
 
 
+def autocast(machine: Machine, dtype: str) -> contextlib.AbstractContextManager[object]:
+    """Matrix products in `dtype` while this is open; weights stay float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(machine.kind, dtype=getattr(torch, dtype))
+
+
 def measure_flops(machine: Machine, dtype: str, size: int | None = None, tries: int = 4) -> float:
     """FLOP/s of a square matrix product here and now, the best of a few tries; a second or two at most.
 

@@ -84,7 +84,7 @@ class Gradients:
         last = micro == self.plan.n_micro - 1
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = last
-        elif self.sharded and self.ranks.world > 1:
+        elif self.sharded:
             cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
     def after(self, micro_loss: Tensor) -> None:
@@ -148,9 +148,7 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
         mesh = init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("replicate", "shard"))
     for block in cast(Iterable[nn.Module], model.h):
         fully_shard(block, mesh=mesh)
-    fully_shard(
-        model, mesh=mesh, reshard_after_forward=True
-    )  # so that `named_parameters` always are the shards
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # `named_parameters` then always are the shards
     for method in ("hidden", "head"):  # generation calls these, and shards must be gathered for them too
         register_fsdp_forward_method(model, method)
 
@@ -170,6 +168,9 @@ def spread(
         names: in the same order on all.
         like: those that are missing, or of another shape, are given whole.
     """
+    if tensors is not None and ranks.world == 1:
+        yield from ((name, tensors[name]) for name in names)
+        return
     for name in names:
         full = None if tensors is None else tensors[name]
         shape, dtype = ranks.from_main([list(full.shape), str(full.dtype)] if full is not None else None)
