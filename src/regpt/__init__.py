@@ -4,7 +4,7 @@ The public names; each is imported when it is first asked for, so that `import r
 
     load, generate            a trained model, and text from it
     train_model, Config, load_preset    settings, and a run of them
-    GPT2, ModelConfig         the model, a plain torch.nn.Module
+    GPT2, Modern, ModelConfig the models, plain torch.nn.Modules
     open_tokenizer, load_tokenizer, prepare, open_source, Shards, Loader    text to batches
     RegptError                what goes wrong, with what to try
 """
@@ -28,6 +28,7 @@ _WHERE = {
     "ModelConfig": ("regpt.config", "ModelConfig"),
     "load_preset": ("regpt.config", "load_preset"),
     "GPT2": ("regpt.models.gpt2", "GPT2"),
+    "Modern": ("regpt.models.modern", "Modern"),
     "open_tokenizer": ("regpt.tokenizers", "open_tokenizer"),
     "load_tokenizer": ("regpt.tokenizers", "load_tokenizer"),
     "open_source": ("regpt.data.sources", "open_source"),

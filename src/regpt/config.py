@@ -56,11 +56,51 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModernConfig:
+    """The techniques of model.arch=modern, each a switch of its own."""
+
+    rope: bool = True
+    """Rotary positions in queries and keys. False: learned positions, added to the embedding as in GPT-2."""
+    rope_fraction: float = 0.5
+    """Share of each head's dimensions that rotate; the others carry content at any distance."""
+    rope_base: float = 10_000.0
+    """The slowest rotation takes 2 pi times almost so many positions."""
+    qk_norm: bool = True
+    """Every query and key is divided by its root mean square."""
+    attention_scale: float | None = None
+    """What q.k is multiplied by. None: 1.44 / sqrt(head size) with qk_norm, 1 / sqrt(head size) without."""
+    norm: Literal["rms", "layer"] = "rms"
+    """rms: divide by the root mean square; layer: subtract the mean first. Neither has parameters."""
+    embed_norm: bool = True
+    """Normalise the embedding too, before the first layer."""
+    activation: Literal["relu2", "gelu"] = "relu2"
+    """Inside the MLP: the square of ReLU, or GPT-2's tanh GELU."""
+    zero_init: bool = True
+    """Projections into the stream, and an untied head, begin at zero: the model begins as its embedding alone."""
+    value_embeddings: bool = True
+    """In every other layer, the last included, a second embedding of the token is added to the values, by a gate a head."""
+    residual_scalars: bool = True
+    """Each layer multiplies the stream by a learned number before it reads it."""
+    x0_scalars: bool = True
+    """Each layer adds the embedding to the stream once more, times a learned number."""
+    softcap: float | None = 15.0
+    """Logits z become cap * tanh(z / cap). None: they stay as they are."""
+    tied: bool = False
+    """One matrix for embedding and head, as in GPT-2."""
+    bigram: bool = False
+    """An exact embedding of the last two tokens is added to the token's; vocabularies up to 1,024."""
+    trigram: int | None = None
+    """Entries of a table of embeddings that the last three tokens are hashed into. None: no such table."""
+    window: int | None = None
+    """Positions that every other layer attends to, itself included; the last layer sees all. None: all see all."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model's shape. The vocabulary size follows from the tokenizer."""
 
-    arch: Literal["gpt2"] = "gpt2"
-    """gpt2: GPT-2 to the letter."""
+    arch: Literal["gpt2", "modern"] = "gpt2"
+    """gpt2: GPT-2 to the letter; modern: the fast recipe, whose switches are model.modern.*."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
@@ -72,7 +112,9 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping an activation during training."""
     bias: bool = True
-    """Biases in linear layers and layer norms, as in GPT-2. False is a little faster."""
+    """gpt2: biases in linear layers and layer norms. False is a little faster. modern has none either way."""
+    modern: ModernConfig = field(default_factory=ModernConfig)
+    """Of model.arch=modern alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +152,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the layers' matrices, AdamW for embeddings, head, norms and scalars."""
     lr: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     min_lr: float = 6e-5
-    """Learning rate at the end of a cosine or linear schedule."""
+    """Learning rate at the end of a cosine or linear schedule; all other rates come down in proportion."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -136,6 +180,24 @@ class OptimConfig:
     """What decays. matrices: everything of two dimensions, embeddings too; linear: embeddings not; all."""
     clip_norm: float | None = 1.0
     """Largest gradient norm. None: no clipping."""
+    muon_lr: float = 0.03
+    """muon: peak learning rate of the matrices; of a tall one times sqrt(rows / columns)."""
+    muon_momentum: float = 0.95
+    """muon: momentum, in Nesterov's form."""
+    muon_momentum_start: float = 0.85
+    """muon: momentum of the first step, from where it rises evenly."""
+    muon_momentum_steps: int = 300
+    """muon: steps until it is `muon_momentum`; 0: from the beginning."""
+    orthogonalize: Literal["newton_schulz", "polar_express"] = "newton_schulz"
+    """muon: the iteration, of five steps, that takes the singular values of an update to about 1."""
+    cautious_decay: bool = False
+    """muon: a weight decays only where its update points to zero as well. Of the matrices, not of AdamW's groups."""
+    embed_lr: float | None = None
+    """muon: peak rate of embeddings, n-gram tables and value embeddings. None: optim.lr."""
+    head_lr: float | None = None
+    """muon: peak rate of an untied head. None: optim.lr."""
+    scalar_lr: float | None = None
+    """muon: peak rate of scalars, gates, norms and biases. None: optim.lr."""
 
 
 @dataclass(frozen=True, kw_only=True)

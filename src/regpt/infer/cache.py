@@ -33,6 +33,7 @@ class KVCache:
         self, config: ModelConfig, rows: int, positions: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         self.rows, self.positions, self._length = rows, positions, 0
+        self.ids: Tensor | None = None  # (rows, positions), once a model asks for them
         heads, size = config.n_head, config.n_embd // config.n_head
         try:
             # (2, n_layer, rows, H, positions, D): keys, then values
@@ -61,6 +62,20 @@ class KVCache:
         # The cast does nothing unless autocast made k of another type than the buffers.
         return kv[0, :B, :, :end].to(k.dtype), kv[1, :B, :, :end].to(v.dtype)
 
+    def with_previous(self, ids: Tensor, before: int) -> Tensor:
+        """Store ids (B, T) at `length`; return them after the `before` ids before them, (B, before + T), -1 for none.
+
+        B is `rows`, or 1, as for `update`.
+        """
+        start, (B, T) = self._length, ids.shape
+        if self.ids is None:
+            # `before` columns of -1 stand before the first position.
+            self.ids = torch.full(
+                (self.rows, before + self.positions), -1, dtype=torch.int64, device=ids.device
+            )
+        self.ids[:, before + start : before + start + T] = ids
+        return self.ids[:B, start : before + start + T]
+
     def advance(self, positions: int) -> None:
         """Count `positions` as stored, once every layer has been updated."""
         self._length += positions
@@ -74,4 +89,6 @@ class KVCache:
         for layer in range(self.kv.shape[1]):  # one layer at a time, so that the copy in between is small
             filled = self.kv[:, layer, :, :, : self._length]
             filled[:, : len(rows)] = filled[:, list(rows)]
+        if self.ids is not None:
+            self.ids = self.ids[list(rows)]
         self.kv, self.rows = self.kv[:, :, : len(rows)], len(rows)

@@ -1,4 +1,4 @@
-"""The models, each a complete file that can be read alone.
+"""The models, each a complete file that can be read alone: `gpt2.py` and `modern.py`.
 
 Shapes, everywhere in regpt:  B rows · T positions · S positions seen (cached and new) · C channels · H heads ·
 D head size = C / H · V vocabulary, padded to a multiple of 128 inside the model.
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # so that models/count.py answers without loading torch
     import torch
+
+    from regpt.models.gpt2 import GPT2
+    from regpt.models.modern import Modern
 
 from regpt.config import ModelConfig
 
@@ -35,6 +38,10 @@ class KVLayers(Protocol):
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, H, T, D) at `length` and return all (B, H, S, D), S = length + T. Does not move `length`."""
+
+    def with_previous(self, ids: torch.Tensor, before: int) -> torch.Tensor:
+        """Store ids (B, T) at `length`; they come back with the `before` ids that stand before them, (B, before + T), -1
+        where nothing does. For models that look at neighbouring tokens; GPT-2 does not ask."""
 
     def advance(self, positions: int) -> None:
         """Count `positions` as stored, once every layer has been updated."""
@@ -64,3 +71,17 @@ class LanguageModel(Protocol):
 
     def eval(self) -> object:
         """Dropout off."""
+
+
+def build_model(config: ModelConfig, vocab_size: int) -> GPT2 | Modern:
+    """The model that `config.arch` names, with the weights that training starts from.
+
+    Raises:
+        ConfigError: where the shape is impossible.
+    """
+    from regpt.models.gpt2 import GPT2  # here, so that counting needs no torch
+    from regpt.models.modern import Modern
+    from regpt.models.shape import check_model
+
+    check_model(config, vocab_size)
+    return Modern(config, vocab_size) if config.arch == "modern" else GPT2(config, vocab_size)

@@ -26,31 +26,52 @@ def by_products(device_type: str, dtype: torch.dtype, positions: int) -> bool:
     return dtype == torch.bfloat16 or products_in_float32
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Attention of T queries over S >= T keys whose last T are the queries' own positions.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).
         dropout: of the attention weights; 0 outside of training.
+        scale: what q.k is multiplied by; None: 1 / sqrt(D).
+        window: how many positions a query sees, its own included; None: all up to its own.
 
     Returns:
         (B, H, T, D) in the dtype of q.
     """
     T, S = q.shape[2], k.shape[2]
+    if window is not None and window >= S:
+        window = None
+    if window is not None and T + window - 1 < S:  # what no query sees
+        k, v = k[:, :, S - (T + window - 1) :], v[:, :, S - (T + window - 1) :]
+        S = T + window - 1
     if S == T and by_products(q.device.type, q.dtype, T):
-        return _products(q, k, v, dropout)
+        return _products(q, k, v, dropout, scale, window)
     mask = None
-    if 1 < T < S:  # is_causal aligns at the top left, which is wrong once S > T
+    if T > 1 and (T < S or window is not None):  # is_causal aligns at the top left, which is wrong once S > T
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = mask if window is None else mask.triu(S - T - window + 1)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1, scale=scale
     )
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _products(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
     B, H, T, D = q.shape
-    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    hidden = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    if window is not None:
+        hidden = hidden + torch.full_like(hidden, -math.inf).tril(-window)
     q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
-    scores = torch.baddbmm(future.expand(B * H, T, T), q, k.transpose(1, 2), alpha=D**-0.5)  # (B·H, T, T)
+    scale = D**-0.5 if scale is None else scale
+    scores = torch.baddbmm(hidden.expand(B * H, T, T), q, k.transpose(1, 2), alpha=scale)  # (B·H, T, T)
     weights = F.dropout(torch.softmax(scores, dim=-1), dropout)
     return torch.bmm(weights, v).view(B, H, T, D)

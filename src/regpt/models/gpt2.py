@@ -19,27 +19,10 @@ from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models import IGNORE, KVLayers, pad_vocab
 from regpt.models.attention import attend
+from regpt.models.shape import check_shape
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
 MLP_RATIO = 4
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Refuse a shape that cannot be built.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"model.{name} must be at least 1.", got=getattr(config, name))
-    if config.n_embd % config.n_head:
-        raise ConfigError(
-            f"model.n_embd={config.n_embd} is not a multiple of model.n_head={config.n_head}.",
-            hint=f"--model.n-embd {config.n_head * max(1, round(config.n_embd / config.n_head))}",
-        )
-    if not 0.0 <= config.dropout < 1.0:
-        raise ConfigError("model.dropout must lie in [0, 1).", got=config.dropout)
 
 
 class Attention(nn.Module):

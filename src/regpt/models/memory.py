@@ -42,7 +42,7 @@ class Memory:
     gradients: int
     """What of the gradients does not fit into the room that activations leave when they are freed."""
     optimizer: int
-    """AdamW's two moments."""
+    """AdamW's two moments; of Muon's matrices one."""
     activations: int
     logits: int
     saving: int = 0
@@ -82,6 +82,7 @@ def memory_estimate(
     dtype: str,
     device_type: str,
     n_micro: int = 1,
+    optimizer: str = "adamw",
     saves_in_background: bool = False,
 ) -> Memory:
     """The peak of one rank's process, in bytes.
@@ -90,6 +91,7 @@ def memory_estimate(
         micro_rows: rows of config.block_size in one forward pass.
         dtype: of matrix products; weights, gradients and moments are float32.
         n_micro: passes whose gradients are added up before an update.
+        optimizer: adamw or muon.
         saves_in_background: checkpoints are written while training goes on.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
@@ -107,12 +109,13 @@ def memory_estimate(
         gradients = max(head, 4 * n.stored - activations - logits)
     else:
         gradients = max(head, round(CPU_GRADIENTS * 4 * n.stored) - activations - logits)
+    moments = 8 * n.stored - (4 * n.matrices if optimizer == "muon" else 0)
     return Memory(
         process=PROCESS_BYTES if device_type == "cpu" else 0,
         weights=4 * n.stored,
         gradients=gradients,
-        optimizer=8 * n.stored,
+        optimizer=moments,
         activations=activations,
         logits=logits,
-        saving=12 * n.stored if saves_in_background and device_type == "cpu" else 0,
+        saving=4 * n.stored + moments if saves_in_background and device_type == "cpu" else 0,
     )

@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters: what decays, in which order, by what name."""
+"""The optimizer over a model's parameters: which of them are whose, what decays, in which order, by what name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from regpt.config import OptimConfig
 from regpt.errors import ConfigError
+from regpt.optim.muon import Muon
+from regpt.train.dist import Ranks
 
 FUSED = ("cpu", "cuda", "mps")  # devices with a kernel that updates all parameters in one pass
 
@@ -27,6 +29,95 @@ def decayed_names(model: nn.Module, decay: str) -> set[str]:
         for name, p in model.named_parameters()
         if decay == "all" or (p.dim() >= 2 and not (decay == "linear" and id(p) in embeddings))
     }
+
+
+# Weights of the layers that Muon takes, and how many matrices each holds, one upon the other: q, k and v.
+MATRICES = {"attn.c_attn.weight": 3, "attn.c_proj.weight": 1, "mlp.c_fc.weight": 1, "mlp.c_proj.weight": 1}
+
+
+def make_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    device_type: str,
+    *,
+    ranks: Ranks | None = None,
+    exact: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer that `config.name` names.
+
+    Args:
+        ranks: among whom Muon divides its work.
+        exact: the result must not depend on their number. On a GPU, where a product's last bits may depend on how many
+            are computed together, every rank then does all of the work.
+
+    Raises:
+        ConfigError: a setting outside its range.
+    """
+    if config.name == "adamw":
+        return adamw(model, config, device_type)
+    return muon(model, config, device_type, ranks=None if exact and device_type != "cpu" else ranks)
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """What each parameter is to `muon`: matrix (of a layer), embedding (looked up), head, or scalar (all that is left)."""
+    embeddings = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+
+    def role(name: str, p: nn.Parameter) -> str:
+        if name.startswith("h.") and name.endswith(tuple(MATRICES)):
+            return "matrix"
+        if id(p) in embeddings:
+            return "embedding"
+        return "head" if name == "lm_head.weight" else "scalar"
+
+    return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def muon(model: nn.Module, config: OptimConfig, device_type: str, *, ranks: Ranks | None = None) -> Muon:
+    """Muon for the layers' matrices, AdamW for the rest, in a group for every role (`roles`) and whether it decays.
+
+    A group's `lr_scale` is its peak rate over `optim.lr`: one schedule moves all (`optim/schedule.set_rates`).
+
+    Raises:
+        ConfigError: a setting outside its range.
+    """
+    check_optimizer(config)
+    decayed, parameters, kinds = (
+        decayed_names(model, config.decay),
+        dict(model.named_parameters()),
+        roles(model),
+    )
+    peaks = {
+        "matrix": config.muon_lr,
+        "embedding": config.embed_lr or config.lr,
+        "head": config.head_lr or config.lr,
+        "scalar": config.scalar_lr or config.lr,
+    }
+    groups = []
+    for role, peak in peaks.items():
+        for decays in (True, False):
+            names = [n for n, r in kinds.items() if r == role and (n in decayed) == decays]
+            group = {
+                "params": [(n, parameters[n]) for n in names],
+                "name": f"{role}, {'decay' if decays else 'no decay'}",
+                "lr": peak,
+                "lr_scale": peak / config.lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            if role == "matrix":
+                parts = [MATRICES[n.split(".", 2)[2]] for n in names]
+                of_kind = {
+                    "kind": "muon",
+                    "parts": parts,
+                    "momentum": config.muon_momentum,
+                    "cautious": config.cautious_decay,
+                }
+            else:
+                betas, fused = (config.beta1, config.beta2), device_type in FUSED
+                of_kind = {"kind": "adam", "betas": betas, "eps": config.eps, "fused": fused}
+            groups += [group | of_kind] if names else []
+    return Muon(groups, method=config.orthogonalize, ranks=ranks)
 
 
 def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:
@@ -56,6 +147,24 @@ def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.opti
         eps=config.eps,
         fused=device_type in FUSED,
     )
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Refuse settings outside their range, before anything is built.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    check_adamw(config)
+    for name in ("muon_lr", "embed_lr", "head_lr", "scalar_lr"):
+        value = getattr(config, name)
+        if value is not None and not 0.0 < value < math.inf:
+            raise ConfigError(f"optim.{name} must be above 0 and finite.", got=value)
+    for name in ("muon_momentum", "muon_momentum_start"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ConfigError(f"optim.{name} must lie in [0, 1).", got=getattr(config, name))
+    if config.muon_momentum_steps < 0:
+        raise ConfigError("optim.muon_momentum_steps must not be negative.", got=config.muon_momentum_steps)
 
 
 def check_adamw(config: OptimConfig) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate of every step, as a pure function of the step.
+"""The learning rate, and Muon's momentum, of every step, as pure functions of the step.
 
 Warm-up is nanoGPT's: step s (from 0) gets lr * (s + 1) / (warmup_steps + 1), so that no step is wasted at zero and the
 peak is reached at step `warmup_steps`. build-nanogpt divides by `warmup_steps` and is one step earlier at the peak.
@@ -7,6 +7,8 @@ peak is reached at step `warmup_steps`. build-nanogpt divides by `warmup_steps` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from regpt.config import OptimConfig
 from regpt.errors import ConfigError
@@ -33,6 +35,25 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     done = (step - start) / (end - start)
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
     return config.min_lr + left * (config.lr - config.min_lr)
+
+
+def muon_momentum(step: int, config: OptimConfig) -> float:
+    """Muon's momentum at update number `step`: evenly from `muon_momentum_start` to `muon_momentum`, then that.
+
+    Jordan's warm-up (modded-nanogpt, 2024-11-06): early gradients are soon out of date.
+    """
+    done = min(step / config.muon_momentum_steps, 1.0) if config.muon_momentum_steps else 1.0
+    return (1 - done) * config.muon_momentum_start + done * config.muon_momentum
+
+
+def set_rates(groups: Iterable[dict[str, Any]], step: int, config: OptimConfig, total_steps: int) -> float:
+    """Set every parameter group's rate, and Muon's momentum, for update number `step`; returns the rate of `optim.lr`."""
+    rate = learning_rate(step, config, total_steps)
+    for group in groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+        if group.get("kind") == "muon":
+            group["momentum"] = muon_momentum(step, config)
+    return rate
 
 
 def check_schedule(config: OptimConfig, total_steps: int) -> None:

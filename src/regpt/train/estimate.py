@@ -12,9 +12,9 @@ import time
 import torch
 
 from regpt.config import Config, ModelConfig
+from regpt.models import build_model
 from regpt.models.count import flops_per_token
-from regpt.models.gpt2 import GPT2
-from regpt.optim.groups import adamw
+from regpt.optim.groups import make_optimizer
 from regpt.train.machine import Machine, autocast
 from regpt.train.plan import Plan
 
@@ -55,8 +55,8 @@ def _pass_and_update_s(
 ) -> tuple[float, float]:
     """Seconds of a forward and backward pass over `rows` of `block_size`, and of an update: each the best of some."""
     shape = dataclasses.replace(config.model, n_layer=n_layer, block_size=block_size)
-    model = GPT2(shape, plan.vocab_size).to(machine.device)
-    optimizer = adamw(model, config.optim, machine.kind)
+    model = build_model(shape, plan.vocab_size).to(machine.device)
+    optimizer = make_optimizer(model, config.optim, machine.kind)
     ids = torch.zeros(rows, shape.block_size, dtype=torch.int64, device=machine.device)
     best_pass = best_update = float("inf")
     began = None

@@ -12,8 +12,10 @@ import torch
 
 from regpt.config import ModelConfig, build
 from regpt.errors import CheckpointError, nearest
+from regpt.models import build_model
 from regpt.models.count import count_parameters
 from regpt.models.gpt2 import GPT2
+from regpt.models.modern import Modern
 from regpt.tokenizers import Tokenizer, load_tokenizer
 from regpt.train.checkpoint import (
     MANIFEST,
@@ -34,7 +36,7 @@ from regpt.train.run import RunDirectory
 class Loaded:
     """A trained model, ready to evaluate and sample."""
 
-    model: GPT2
+    model: GPT2 | Modern
     tokenizer: Tokenizer
     config: ModelConfig
     path: Path
@@ -80,7 +82,7 @@ def load_model(
             got=f"{stored:,} weights",
             expected=f"{described:,}",
         )
-    model = GPT2(config, vocab_size)
+    model = build_model(config, vocab_size)
     load_model_tensors(model, tensors)
     return Loaded(
         model=model.to(device).eval(),

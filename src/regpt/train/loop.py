@@ -30,8 +30,8 @@ from regpt.evals.loss import SplitLoss, split_loss
 from regpt.infer.engine import Piece, collect, generate
 from regpt.infer.settings import SamplingSettings
 from regpt.models import LanguageModel
-from regpt.optim.groups import adamw
-from regpt.optim.schedule import learning_rate
+from regpt.optim.groups import make_optimizer
+from regpt.optim.schedule import learning_rate, set_rates
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
 from regpt.train.checkpoint import SaveFailed
@@ -120,7 +120,9 @@ class Trainer:
             shard(model, config, ranks, machine.device)
         self.state = TrainState(
             model=model,
-            optimizer=adamw(model, config.optim, machine.kind),
+            optimizer=make_optimizer(
+                model, config.optim, machine.kind, ranks=ranks, exact=plan.reduction == "exact"
+            ),
             scaler=torch.amp.GradScaler(machine.kind, enabled=plan.dtype == "float16"),
         )
         self.loader = loader
@@ -181,9 +183,7 @@ class Trainer:
         """One update on one global batch."""
         s, config, plan = self.state, self.config, self.plan
         began = time.perf_counter()
-        rate = learning_rate(s.step, config.optim, plan.steps)
-        for group in s.optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_rates(s.optimizer.param_groups, s.step, config.optim, plan.steps)
         for micro in range(plan.n_micro):
             self.poll()
             x, y = self.loader.batch(

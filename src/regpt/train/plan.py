@@ -15,9 +15,9 @@ from regpt.config import Config
 from regpt.errors import ConfigError
 from regpt.models import pad_vocab
 from regpt.models.count import count_parameters, flops_per_token
-from regpt.models.gpt2 import check_shape
 from regpt.models.memory import Memory, memory_estimate
-from regpt.optim.groups import check_adamw
+from regpt.models.shape import check_model
+from regpt.optim.groups import check_optimizer
 from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine, choose_dtype
 
@@ -74,7 +74,7 @@ def make_plan(
     Raises:
         ConfigError: the settings contradict each other.
     """
-    _check(config)
+    _check(config, vocab_size)
     T, rows = config.model.block_size, _batch_rows(config, world)
     if config.train.compile == "on" and machine.kind == "mps":
         raise ConfigError("train.compile=on is not supported on mps.", hint="--train.compile auto")
@@ -91,6 +91,7 @@ def make_plan(
             dtype=dtype,
             device_type=machine.kind,
             n_micro=rows // world // micro_rows,
+            optimizer=config.optim.name,
             saves_in_background=config.save.in_background
             and (config.save.every or config.eval.every or steps) < steps,
         )
@@ -127,7 +128,7 @@ def make_plan(
     )
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, vocab_size: int) -> None:
     positive = {
         "train.steps": config.train.steps,
         "train.batch_tokens": config.train.batch_tokens,
@@ -146,8 +147,8 @@ def _check(config: Config) -> None:
         if value is not None and value < 1:
             hint = f"--{name.replace('_', '-')} none turns it off" if name in optional else None
             raise ConfigError(f"{name} must be at least 1.", got=value, hint=hint)
-    check_shape(config.model)
-    check_adamw(config.optim)
+    check_model(config.model, vocab_size)
+    check_optimizer(config.optim)
     check_schedule(config.optim, config.train.steps)
     if not 0 <= config.data.val_fraction < 1:
         raise ConfigError("data.val_fraction must lie in [0, 1).", got=config.data.val_fraction)

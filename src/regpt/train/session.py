@@ -20,7 +20,7 @@ from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
 from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
-from regpt.models.gpt2 import GPT2
+from regpt.models import build_model
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
@@ -34,7 +34,15 @@ from regpt.train.signals import StopRequest, stop_on_signal
 from regpt.train.track import check_trackers, make_trackers
 
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
-FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
+FIXED = (
+    "seed",
+    "model.",
+    "tokenizer.name",
+    "tokenizer.vocab_size",
+    "train.batch_tokens",
+    "data.order",
+    "optim.name",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +201,7 @@ def _trainer(
         )
     )
     torch.manual_seed(config.seed)
-    model = GPT2(config.model, tokenizer.vocab_size)
+    model = build_model(config.model, tokenizer.vocab_size)
     model.checkpoint_activations = config.train.checkpoint_activations
     trainer = Trainer(
         config,
