@@ -9,15 +9,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from regpt.config import ModelConfig
+from regpt.config import ModelConfig, ModernConfig
 from regpt.errors import ConfigError
 from regpt.infer.cache import KVCache
 from regpt.models import KVLayers, pad_vocab
 from regpt.models.gpt2 import GPT2
+from regpt.models.modern import Modern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODELS = [GPT2]
+MODELS = [GPT2, Modern]
+# All that is off by default, so that the contract holds for it too.
+ON = {GPT2: ModernConfig(), Modern: ModernConfig(bigram=True, trigram=50, window=9)}
 VOCAB, CONTEXT = 65, 24
 
 
@@ -27,11 +30,17 @@ class ListCache:
     def __init__(self) -> None:
         self.length = 0
         self.chunks: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.ids: list[Tensor] = []
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.chunks.setdefault(layer, []).append((k, v))
         keys, values = zip(*self.chunks[layer], strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def with_previous(self, ids: Tensor, before: int) -> Tensor:
+        self.ids.append(ids)
+        all_ids = torch.cat([torch.full((len(ids), before), -1), *self.ids], dim=1)
+        return all_ids[:, self.length :]
 
     def advance(self, positions: int) -> None:
         self.length += positions
@@ -45,10 +54,15 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 def made(cls: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=CONTEXT, dropout=0.1)
+    arch = "modern" if cls is Modern else "gpt2"
+    config = ModelConfig(
+        arch=arch, n_layer=3, n_head=4, n_embd=32, block_size=CONTEXT, dropout=0.1, modern=ON[cls]
+    )
     made = cls(config, VOCAB).eval()
     with torch.no_grad():
         for p in made.parameters():
+            if not p.any():  # what begins at zero hides what stands before it
+                p.normal_(std=0.02)
             p.mul_(5.0) if p.dim() > 1 else None
     return made
 

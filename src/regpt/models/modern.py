@@ -25,7 +25,7 @@ MLP_RATIO = 4
 EMBED_STD = 0.02  # GPT-2's; a norm follows, so it only says how large Adam's steps are beside the vectors
 VALUE_STD = 0.01  # of value embeddings, as modded-nanogpt's record of 2026-07-17
 X0_START = 0.1  # nanochat has 0.20 in the first layer and 0.05 in the last
-NORM_EPS = 1e-6
+NORM_EPS = 1e-7
 # With q and k normalised, q·k / sqrt(D) lies in ±sqrt(D); both are stretched by 1.2 in nanochat: 0.127 at D = 128, where
 # modded-nanogpt found 0.12 (its record of 2025-01-16).
 QK_SCALE = 1.2 * 1.2
@@ -41,14 +41,14 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:  # type: ignore[override]
-        r = torch.rsqrt(x.square().mean(dim=-1, keepdim=True, dtype=torch.float32) + NORM_EPS).to(x.dtype)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        r = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
         y = x * r
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
         y, r = cast(tuple[Tensor, Tensor], ctx.saved_tensors)  # type: ignore[attr-defined]
         return r * (dy - y * (y * dy).mean(dim=-1, keepdim=True))
 
@@ -76,7 +76,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """x (B, T, …, H, D), its first R dimensions turned by `turn` (2, T, R / 2)."""
     half = turn.shape[-1]
     cos, sin = turn.to(x.dtype).view(2, 1, turn.shape[1], *[1] * (x.dim() - 3), half)
-    a, b, still = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    a, b, still = x.tensor_split((half, 2 * half), dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos, still), dim=-1)
 
 
@@ -195,18 +195,17 @@ class Modern(nn.Module):
     def init_weights(self) -> None:
         """Matrices uniform within 1/sqrt(fan in), as `nn.Linear` has them; projections into the stream and an untied head
         zero, or, without `zero_init`, scaled as GPT-2's. n-gram tables and gates (which are then 1) zero."""
-        m = self.config.modern
+        m, starts_at_zero = self.config.modern, ["bigram.weight", "trigram.weight", "value_gate.weight"]
+        starts_at_zero += ["c_proj.weight", "lm_head.weight"] if m.zero_init else []
         for name, p in self.named_parameters():
-            if name.startswith(("wte", "wpe")):
+            if name.endswith(tuple(starts_at_zero)):
+                p.zero_()
+            elif name in ("residual_scalars", "x0_scalars"):
+                p.fill_(1.0 if name == "residual_scalars" else X0_START)
+            elif name.startswith(("wte", "wpe")):
                 p.normal_(std=EMBED_STD)
             elif name.startswith("value_embeds"):
                 p.normal_(std=VALUE_STD)
-            elif name == "residual_scalars":
-                p.fill_(1.0)
-            elif name == "x0_scalars":
-                p.fill_(X0_START)
-            elif name.startswith(("bigram", "trigram")) or "value_gate" in name or (m.zero_init and name.endswith(("c_proj.weight", "lm_head.weight"))):
-                p.zero_()
             else:
                 bound = 1 / math.sqrt(p.shape[1])
                 residual = name.endswith("c_proj.weight")
