@@ -101,7 +101,9 @@ def test_rotation_is_that_of_hugging_faces_gpt_neox(fraction: float, base: float
 def test_rotated_products_depend_on_the_distance_alone() -> None:
     """The same q and k at every position: q·k is constant along diagonals."""
     turn = turns(shape(rope_fraction=1.0))
-    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(s)).expand(1, CONTEXT, 1, 8) for s in (0, 1))
+    q, k = (
+        torch.randn(8, generator=torch.Generator().manual_seed(s)).expand(1, CONTEXT, 1, 8) for s in (0, 1)
+    )
     products = rotate(q, turn)[0, :, 0] @ rotate(k, turn)[0, :, 0].T
     for offset in range(-5, 6):
         diagonal = products.diagonal(offset)
@@ -177,7 +179,7 @@ def test_count_equals_the_built_model(switches: dict[str, Any], vocab: int) -> N
         model = Modern(config, vocab)
     counted = count_parameters(config, vocab)
     assert counted.stored == sum(p.numel() for p in model.parameters())
-    blocks = [p for p in model.h.parameters()]
+    blocks = list(model.h.parameters())
     scalars = [p for p in (model.residual_scalars, model.x0_scalars) if p is not None]
     assert counted.blocks == sum(p.numel() for p in [*blocks, *scalars])
     assert counted.matrices == sum(p.numel() for n, p in model.h.named_parameters() if "gate" not in n)
@@ -298,9 +300,15 @@ def test_flops_equal_those_that_pytorch_counts() -> None:
     ("switches", "message"),
     [
         ({"rope_fraction": 0.0}, "model.modern.rope_fraction must lie in (0, 1]."),
-        ({"rope_fraction": 0.1}, "model.modern.rope_fraction=0.1 of 8 dimensions a head is less than the two"),
+        (
+            {"rope_fraction": 0.1},
+            "model.modern.rope_fraction=0.1 of 8 dimensions a head is less than the two",
+        ),
         ({"rope_base": 1.0}, "model.modern.rope_base must be above 1."),
-        ({"softcap": 0.0}, "model.modern.softcap must be above 0.\n  got: 0.0\n  try: --model.modern.softcap none"),
+        (
+            {"softcap": 0.0},
+            "model.modern.softcap must be above 0.\n  got: 0.0\n  try: --model.modern.softcap none",
+        ),
         ({"window": -1}, "model.modern.window must be above 0."),
         ({"trigram": 0}, "model.modern.trigram must be above 0."),
         ({"attention_scale": 0.0}, "model.modern.attention_scale must be above 0."),
@@ -314,7 +322,9 @@ def test_impossible_switches_are_refused(switches: dict[str, Any], message: str)
 
 def test_an_exact_table_of_a_large_vocabulary_is_refused() -> None:
     check_model(shape(bigram=True), 1024)
-    with pytest.raises(ConfigError, match=r"would need 50,258 x 50,257 rows.*\n  try: --model.modern.trigram"):
+    with pytest.raises(
+        ConfigError, match=r"would need 50,258 x 50,257 rows.*\n  try: --model.modern.trigram"
+    ):
         check_model(shape(bigram=True), 50257)
 
 
