@@ -24,7 +24,11 @@ PROCESS_BYTES = 366 << 20
 # Bytes kept for the backward pass, for each token, layer and channel: the stream and both norms' outputs, q k v and the
 # attention's output, the MLP before and after its GELU. Under autocast all but the stream are of two bytes.
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
+# Of the modern model, every switch at its default: also queries and keys before and after their norm and rotation, and what
+# the stream was multiplied by. Switches that are off make it up to a quarter less.
+MODERN_ACTIVATION_BYTES = {"float32": 77, "bfloat16": 45, "float16": 45}
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
+SOFTCAP_BYTES = 8  # the hyperbolic tangent, and its gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
 CPU_SEVERAL_PASSES = {"float32": (1.76, 2.60), "bfloat16": (1.25, 1.80), "float16": (1.25, 1.80)}
@@ -63,7 +67,7 @@ def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> 
     MPS does in training.
     """
     width = 4 if dtype == "float32" else 2
-    kept = ACTIVATION_BYTES[dtype] * config.n_embd
+    kept = (MODERN_ACTIVATION_BYTES if config.arch == "modern" else ACTIVATION_BYTES)[dtype] * config.n_embd
     if config.dropout:
         kept += 2 * config.n_embd * (1 if device_type == "cuda" else width)
     matrices = 4 if config.dropout else 1
@@ -97,8 +101,9 @@ def memory_estimate(
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
     activations = tokens * config.n_layer * saved_bytes_per_token(config, dtype, device_type)
     if dtype != "float32":
-        activations += 2 * (n.stored - n.positions)  # autocast's copies of the weights
-    logits = LOGIT_BYTES * tokens * pad_vocab(vocab_size)
+        activations += 2 * (n.multiplied + n.padding)  # autocast's copies of the weights
+    capped = config.arch == "modern" and config.modern.softcap is not None
+    logits = (LOGIT_BYTES + SOFTCAP_BYTES * capped) * tokens * pad_vocab(vocab_size)
     head = 4 * pad_vocab(vocab_size) * config.n_embd  # the first gradient, made while all else is still there
     if device_type == "cpu":
         factors = CPU_ONE_PASS if n_micro == 1 else CPU_SEVERAL_PASSES[dtype]
