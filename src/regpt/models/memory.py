@@ -26,7 +26,7 @@ PROCESS_BYTES = 366 << 20
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
 # Of the modern model, every switch at its default: also queries and keys before and after their norm and rotation, and what
 # the stream was multiplied by. Switches that are off make it up to a quarter less.
-MODERN_ACTIVATION_BYTES = {"float32": 77, "bfloat16": 45, "float16": 45}
+MODERN_ACTIVATION_BYTES = {"float32": 80, "bfloat16": 49, "float16": 49}
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 SOFTCAP_BYTES = 8  # the hyperbolic tangent, and its gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.

@@ -33,33 +33,12 @@ QK_SCALE = 1.2 * 1.2
 HASH = (1_327_217_885, 820_265_763, 506_952_121)
 
 
-class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x²) + eps), Zhang and Sennrich 2019, equation 4, without the gain.
-
-    For CPUs, where PyTorch's own is made of many operations and keeps its input for the backward pass. This one keeps its
-    output, which the matrix product after it keeps anyway: with y = x r, dx = r (dy - y mean(y dy)).
-    """
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        r = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        y = x * r
-        ctx.save_for_backward(y, r)
-        return y
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> Tensor:
-        y, r = cast(tuple[Tensor, Tensor], ctx.saved_tensors)  # type: ignore[attr-defined]
-        return r * (dy - y * (y * dy).mean(dim=-1, keepdim=True))
-
-
 def normalized(x: Tensor, kind: str = "rms") -> Tensor:
-    """x (…, C) with every vector of root mean square 1: by `rms`, or by `layer`, which makes its mean 0 first."""
+    """x (…, C), every vector divided by its root mean square (`rms`, Zhang and Sennrich 2019, equation 4, without the gain),
+    or freed of its mean and divided by its standard deviation (`layer`)."""
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:])
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)  # a fused kernel
-    return cast(Tensor, RMSNorm.apply(x))  # type: ignore[no-untyped-call]
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 def turns(config: ModelConfig) -> Tensor:
