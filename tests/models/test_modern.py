@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from regpt.config import ModelConfig, ModernConfig
 from regpt.errors import ConfigError
