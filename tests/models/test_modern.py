@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from regpt.config import ModelConfig, ModernConfig
+from regpt.config import ModelConfig, ModernConfig, build, to_dict
 from regpt.errors import ConfigError
 from regpt.infer.cache import KVCache
 from regpt.models import build_model
@@ -331,3 +331,19 @@ def test_switches_that_gpt2_would_pass_over_are_refused() -> None:
 def test_the_setting_chooses_the_model() -> None:
     assert type(build_model(shape(), VOCAB)) is Modern
     assert type(build_model(dataclasses.replace(shape(), arch="gpt2"), VOCAB)) is GPT2
+
+
+def test_settings_written_before_there_was_another_model_are_gpt2s() -> None:
+    """As run.json and checkpoints of that time have them: no model.modern, no optim.name."""
+    old = {
+        "arch": "gpt2",
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 8,
+        "dropout": 0.0,
+        "bias": True,
+    }
+    config = build(ModelConfig, old, where="state.json", prefix="model.")
+    assert type(build_model(config, VOCAB)) is GPT2
+    assert build(ModelConfig, to_dict(shape(window=5)), where="state.json") == shape(window=5)
