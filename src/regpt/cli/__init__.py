@@ -1,6 +1,7 @@
 """The command line: finds the command, imports it alone, and turns what goes wrong into one message and an exit status.
 
-Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 129, 130, 143 stopped by a signal, saved.
+Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 4 another process of the run was lost; 128 + a
+signal's number (129, 130, 138, 143): stopped by it, saved.
 """
 
 from __future__ import annotations

@@ -329,6 +329,10 @@ class Trainer:
         if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
         if policy == "skip":
+            if self.ranks.largest(not all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())):
+                error.what = f"weights are not finite at step {s.step}, so to leave updates out does not help."
+                error.hint = "--train.on-bad-step rollback goes back to the last checkpoint, which is finite"
+                raise error
             self.say(
                 "note", s.step, {"text": f"{error.what} Its rows are left out (train.on_bad_step=skip)."}
             )

@@ -117,6 +117,10 @@ class Gradients:
         """Forget a batch that was left in the middle."""
         self._losses, self._tree = [], TreeSum()
 
+    def local_parameters(self) -> list[Tensor]:
+        """What this rank holds of every parameter."""
+        return [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters]
+
     def _exact(self) -> None:
         local, self._tree = self._tree.result(), TreeSum()
         leaves = self.plan.n_micro * self.ranks.world
