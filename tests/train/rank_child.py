@@ -84,10 +84,11 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    from regpt.train import session
+    from regpt.train import dist, session
 
+    dist.JOIN_S = 15.0  # a rank that died before it joined
     if fault and fault[0] in (rank, None):
-        _plant(fault, f"{out}.rows-{rank}")
+        plant(fault, f"{out}.rows-{rank}")
     status = 0
     try:
         session.train(config, out)
@@ -104,16 +105,18 @@ def _rank(
     os._exit(status)
 
 
-def _plant(fault: Fault, rows_to: str) -> None:
+def plant(fault: Fault, rows_to: str) -> None:
     """Have this rank meet `fault`'s what, once its run has come to that step.
 
     what: a signal, by its name: at the beginning of the step; "SIGTERM in evaluation": in one of `_places`; "SIGTERM
     twice …": a second one on its heels. "nan loss", "inf gradient", "-inf weight", "nan input"; "always nan loss": in
-    every step from this one on. "record rows": the ids of every batch go to a file.
+    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every batch go to a file.
     """
     _, at, what = fault
     if what == "record rows":
         return _record_rows(rows_to)
+    if what == "no space":
+        return _fill(at)
     name, _, place = what.partition(" in ")
     name, _, again = name.partition(" ")
     if name not in signal.Signals.__members__:
@@ -239,6 +242,18 @@ def _spoil(at: int, what: str) -> None:
 def _local(tensor: Any) -> Any:
     """A shard's own part."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _fill(at: int) -> None:
+    """The disk is full for one file of a checkpoint."""
+    import errno
+
+    from regpt.train import checkpoint
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _once(checkpoint, "write_synced", at, full)
 
 
 def _record_rows(path: str) -> None:

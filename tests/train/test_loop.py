@@ -332,6 +332,18 @@ def test_out_of_memory_names_the_knob(config: Config, monkeypatch: pytest.Monkey
     assert e.value.hint == "--train.micro-rows 4 (the batch stays as it is)"
 
 
+def test_what_is_far_from_fitting_is_refused_before_it_is_built(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system short of memory ends processes without a word."""
+    machine = dataclasses.replace(probe("cpu"), memory_bytes=100 << 20)
+    monkeypatch.setattr(session, "probe", lambda *_: machine)
+    with pytest.raises(DeviceError, match=r"this model needs 0\.4 GiB to train") as e:
+        session.train(config, "run")
+    assert "0.1 GiB for each process" in str(e.value) and "--train." in str(e.value)
+    assert not (Path("run") / "checkpoints").exists() and not (Path("run") / "run.json").exists()
+
+
 def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A periodic save that fails is said; training goes on and the next one succeeds."""
     original, failed = checkpoint.save_checkpoint, []

@@ -24,6 +24,7 @@ PROCESS_BYTES = 366 << 20
 # Bytes kept for the backward pass, for each token, layer and channel: the stream and both norms' outputs, q k v and the
 # attention's output, the MLP before and after its GELU. Under autocast all but the stream are of two bytes.
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
+STREAM_BYTES = 4  # of one channel between layers
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
@@ -46,7 +47,8 @@ class Memory:
     activations: int
     logits: int
     saving: int = 0
-    """The copy of weights and moments that a checkpoint is written from while training goes on; 0 on a GPU."""
+    """The copy of weights and moments that a checkpoint is written from, while training goes on or where they are in
+    shards; 0 on a GPU, whose copy lies in the host's memory."""
 
     @property
     def total(self) -> int:
@@ -83,17 +85,27 @@ def memory_estimate(
     device_type: str,
     n_micro: int = 1,
     saves_in_background: bool = False,
+    shards: int = 1,
+    exact_sums: bool = False,
+    checkpoint_activations: bool = False,
 ) -> Memory:
-    """The peak of one rank's process, in bytes.
+    """The peak of one rank's process, in bytes; of rank 0, which also writes the checkpoints.
 
     Args:
         micro_rows: rows of config.block_size in one forward pass.
         dtype: of matrix products; weights, gradients and moments are float32.
         n_micro: passes whose gradients are added up before an update.
         saves_in_background: checkpoints are written while training goes on.
+        shards: ranks that share one copy of weights, gradients and moments (FSDP2).
+        exact_sums: gradients of micro-batches are added up as a tree, which keeps a list for each of its levels.
+        checkpoint_activations: only the stream is kept between layers, and one layer at a time is computed again.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
-    activations = tokens * config.n_layer * saved_bytes_per_token(config, dtype, device_type)
+    layer = saved_bytes_per_token(config, dtype, device_type)
+    if checkpoint_activations:
+        activations = tokens * (config.n_layer * STREAM_BYTES * config.n_embd + layer)
+    else:
+        activations = tokens * config.n_layer * layer
     if dtype != "float32":
         activations += 2 * (n.stored - n.positions)  # autocast's copies of the weights
     logits = LOGIT_BYTES * tokens * pad_vocab(vocab_size)
@@ -107,12 +119,17 @@ def memory_estimate(
         gradients = max(head, 4 * n.stored - activations - logits)
     else:
         gradients = max(head, round(CPU_GRADIENTS * 4 * n.stored) - activations - logits)
+    if exact_sums:
+        gradients = (1 + (n_micro - 1).bit_length()) * 4 * n.stored + head
+    gathered = 0
+    if shards > 1:  # the embedding, which the head uses too, and two layers, one of them ahead of time
+        gathered = 4 * (n.stored - n.blocks) + 2 * 4 * n.blocks // config.n_layer
     return Memory(
         process=PROCESS_BYTES if device_type == "cpu" else 0,
-        weights=4 * n.stored,
-        gradients=gradients,
-        optimizer=8 * n.stored,
+        weights=4 * n.stored // shards + gathered,
+        gradients=gradients // shards,
+        optimizer=8 * n.stored // shards,
         activations=activations,
         logits=logits,
-        saving=12 * n.stored if saves_in_background and device_type == "cpu" else 0,
+        saving=12 * n.stored if device_type == "cpu" and (saves_in_background or shards > 1) else 0,
     )

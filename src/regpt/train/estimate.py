@@ -7,6 +7,7 @@ because no single rate describes a processor: a layer's products, attention and 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import torch
@@ -26,9 +27,9 @@ TRIAL_S = 0.15  # spent on timing each model, once it is warm
 def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     """The plan with `time_s`: as it is where a data sheet gave it, measured elsewhere; at most a few seconds of work.
 
-    The generator's state is left as it was.
+    What the machine has no room for is not tried: its time stays unknown. The generator's state is left as it was.
     """
-    if plan.time_s is not None:
+    if plan.time_s is not None or plan.memory.total > (machine.memory_bytes or math.inf):
         return plan
     two_layers = dataclasses.replace(config.model, n_layer=2)
     T = config.model.block_size

@@ -329,8 +329,12 @@ class Trainer:
         if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
         if policy == "skip":
-            if self.ranks.largest(not all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())):
-                error.what = f"weights are not finite at step {s.step}, so to leave updates out does not help."
+            if self.ranks.largest(
+                not all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())
+            ):
+                error.what = (
+                    f"weights are not finite at step {s.step}, so to leave updates out does not help."
+                )
                 error.hint = "--train.on-bad-step rollback goes back to the last checkpoint, which is finite"
                 raise error
             self.say(
@@ -401,7 +405,7 @@ class Trainer:
         s, ranks = self.state, self.ranks
         self.settle()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
-        model, optimizer = whole(named.model_tensors(s.model)), whole(tensors)
+        model, optimizer = whole(named.model_tensors(s.model), ranks), whole(tensors, ranks)
         self.saved_step = s.step
         if ranks.main:
             self.run_directory.sync()  # no step below the checkpoint may miss its line

@@ -157,9 +157,17 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
         register_fsdp_forward_method(model, method)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors put together, on every rank: all ranks call it. Others are given back as they are."""
-    return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Sharded tensors put together on rank 0's host, one at a time, others as they are; nothing on the other ranks.
+
+    All ranks call it.
+    """
+    out = {}
+    for name, t in tensors.items():
+        full = t.full_tensor() if isinstance(t, DTensor) else t
+        if ranks.main:
+            out[name] = full.cpu() if isinstance(t, DTensor) else full
+    return out
 
 
 def spread(

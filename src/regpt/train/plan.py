@@ -93,6 +93,11 @@ def make_plan(
             n_micro=rows // world // micro_rows,
             saves_in_background=config.save.in_background
             and (config.save.every or config.eval.every or steps) < steps,
+            shards=(config.train.shard_group or world)
+            if config.train.strategy == "fsdp" and world > 1
+            else 1,
+            exact_sums=config.train.reduction == "exact",
+            checkpoint_activations=config.train.checkpoint_activations,
         )
 
     if config.train.reduction == "exact" and world > 1 and not config.train.micro_rows:
@@ -168,6 +173,11 @@ def _check(config: Config) -> None:
 def _check_ranks(config: Config, world: int, dtype: str) -> None:
     """What cannot be combined over several ranks."""
     t = config.train
+    if t.shard_group is not None and t.strategy != "fsdp":
+        raise ConfigError(
+            f"train.shard_group={t.shard_group} shards nothing with train.strategy=ddp.",
+            hint="--train.strategy fsdp",
+        )
     if world == 1:
         return
     if t.strategy == "fsdp" and t.reduction == "exact":

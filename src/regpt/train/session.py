@@ -33,6 +33,7 @@ from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
 from regpt.train.track import check_trackers, make_trackers
 
+HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
 FIXED = ("seed", "model.", "tokenizer.name", "tokenizer.vocab_size", "train.batch_tokens", "data.order")
 
@@ -113,6 +114,7 @@ def _train(
             world=ranks.world,
         )
         ranks.together(lambda: _same_plan(plan, ranks))
+        ranks.together(lambda: _check_memory(plan, machine))
         plan = with_time(plan, config, machine)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
@@ -153,6 +155,18 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
             expected=", ".join(str(theirs[name]) for name in other),
             hint=f"the same settings everywhere, with --train.micro-rows {theirs['micro_rows']} "
             f"--train.dtype {theirs['dtype']}",
+        )
+
+
+def _check_memory(plan: Plan, machine: Machine) -> None:
+    """Refuse what is far from fitting: a system short of memory ends processes without a word. Less is a warning only."""
+    if machine.memory_bytes and plan.memory.total > HOPELESS * machine.memory_bytes:
+        raise DeviceError(
+            f"this model needs {plan.memory.total / 2**30:,.1f} GiB to train.",
+            got=f"{machine.name} with {machine.memory_bytes / 2**30:,.1f} GiB for each process",
+            hint="--train.micro-rows 1"
+            if plan.micro_rows > 1
+            else "a smaller model or context, --train.checkpoint-activations, or more memory",
         )
 
 
