@@ -16,7 +16,7 @@ from regpt.config import Config
 from regpt.errors import RegptError
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child"])
+SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child", "torch._dynamo"])
 Fault = tuple[int | None, int, str]  # rank (None: all of them), step, what
 
 

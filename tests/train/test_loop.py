@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ from regpt.train.load import load_model
 from regpt.train.loop import Trainer
 from regpt.train.machine import probe, using
 from regpt.train.parallel import Gradients
+from regpt.train.run import RunDirectory
 
 
 @pytest.fixture
@@ -365,6 +367,36 @@ def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch:
         "  try: free some space on the disk of run/checkpoints; older checkpoints are untouched\n"
         "  training goes on; the next save will try again."
     ]
+
+
+def test_old_checkpoints_that_cannot_be_deleted_make_no_save_fail(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune(folder: Path, **_: object) -> list[Path]:
+        raise checkpoint.SaveFailed("old checkpoints could not be deleted: EIO.", folder, no_space=False)
+
+    monkeypatch.setattr(checkpoint, "prune", prune)
+    heard: list[tuple[str, int]] = []
+    assert session.train(config, "run", listen=lambda e, s, _: heard.append((e, s))).step == 12
+    assert [s for e, s in heard if e == "save"] == [4, 8, 12] == [s for e, s in heard if e == "note"]
+
+
+def test_no_checkpoint_without_the_log_below_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after it, a run would never write the missing lines again."""
+    real, failed = RunDirectory.sync, []
+
+    def sync(self: RunDirectory) -> None:
+        if not failed:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(RunDirectory, "sync", sync)
+    heard: list[tuple[str, int, str]] = []
+    session.train(config, "run", listen=lambda e, s, v: heard.append((e, s, v.get("text", ""))))
+    assert [s for e, s, _ in heard if e == "save"] == [8, 12]
+    (note,) = [text for e, _, text in heard if e == "note"]
+    assert note.startswith("the checkpoint of step 4 could not be written, nor the log before it: No space left")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import regpt
-from regpt.errors import CheckpointError
+from regpt.errors import CheckpointError, Interrupted
 from regpt.train import run as run_module
 from regpt.train.run import JsonLines, RunDirectory
 
@@ -309,11 +309,22 @@ def test_a_disk_that_stays_full_is_said_at_the_end(out: Path, monkeypatch: pytes
     run = RunDirectory.open(out)
     monkeypatch.setattr(os, "write", full)
     run.log("step", 1, {"loss": 1.0})
-    run.sync()
+    with pytest.raises(OSError, match="No space left"):
+        run.sync()
     with pytest.raises(CheckpointError, match=r"the end of .*log.jsonl could not be written: No space left"):
         run.close()
     monkeypatch.undo()
     RunDirectory.open(out).close()  # and the lock is free all the same
+
+
+def test_a_log_that_cannot_be_ended_hides_no_other_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(Interrupted, match="stopped"), RunDirectory.open(out) as run:
+        monkeypatch.setattr(os, "write", full)
+        run.log("step", 1, {"loss": 1.0})
+        raise Interrupted("stopped")
 
 
 def test_the_run_directory_needs_no_torch() -> None:

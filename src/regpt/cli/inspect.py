@@ -97,7 +97,13 @@ def inspect_run(path: Path, args: Args) -> bool:
     gone = saved is not None and all(c["path"] != checkpoint_name(saved) for c in checkpoints)
     if gone:
         lines.append(f"checkpoint of step {saved}, the last one saved, is GONE")
-    values: dict[str, object] = {"kind": "run", "path": str(path), "run": record, "evals": evals, "checkpoints": checkpoints}
+    values: dict[str, object] = {
+        "kind": "run",
+        "path": str(path),
+        "run": record,
+        "evals": evals,
+        "checkpoints": checkpoints,
+    }
     values["missing_step"] = saved if gone else None
     out.result(values, "\n".join(lines))
     return not gone and all(c["valid"] for c in checkpoints)

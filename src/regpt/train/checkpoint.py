@@ -154,15 +154,15 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
     is not hashed again. Returns what was deleted; raises SaveFailed where the disk does not let us.
     """
     keep = max(keep, 1)
-    found, removable, valid = list_checkpoints(folder), [], 0
-    for path in reversed(found):
-        if valid == keep and checkpoint_step(path) != best:
-            removable.append(path)
-        elif valid < keep < len(found):
-            valid += _is_valid(
-                path
-            )  # a damaged one that is this new stays: `newest_valid` sets it aside, aloud
+    removable: list[Path] = []
     try:
+        found, valid = list_checkpoints(folder), 0
+        for path in reversed(found):
+            if valid == keep and checkpoint_step(path) != best:
+                removable.append(path)
+            elif valid < keep < len(found):
+                # a damaged one that is this new stays: `newest_valid` sets it aside, aloud
+                valid += _is_valid(path)
         for path in reversed(removable):  # the oldest first
             trash = folder / f"{TRASH}{path.name}"
             _remove(trash)
@@ -180,7 +180,8 @@ def _publish(temporary: Path, final: Path) -> None:
     """Give a finished checkpoint its name. One that has the name steps aside for an instant: killed in it,
     `_clean_up` puts the old one back."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    if os.path.lexists(final):
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(final)  # not lexists, for which a disk that cannot be read means that there is nothing
         _remove(replaced)
         final.rename(replaced)
     try:

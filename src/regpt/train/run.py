@@ -75,8 +75,10 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What is already on its way says more than that the log's end could not be written either.
+        with contextlib.suppress(*([CheckpointError] if kind else [])):
+            self.close()
 
     @property
     def begun(self) -> bool:
@@ -134,10 +136,9 @@ class RunDirectory:
             raise CheckpointError(f"the log of {self.path} cannot be rewritten: {e.strerror or e}.") from e
 
     def sync(self) -> None:
-        """Make the log durable; before a checkpoint is saved, so that no step below it can miss its line."""
+        """Make the log durable, or OSError: before a checkpoint is saved, so that no step below it misses its line."""
         for lines in (self.lines, self.samples):
-            with contextlib.suppress(OSError):  # `close` will say it, if it is still so then
-                lines.flush(sync=True)
+            lines.flush(sync=True)
 
     def last_saved_step(self) -> int | None:
         """The last checkpoint that the log knows of."""
