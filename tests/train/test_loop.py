@@ -27,7 +27,7 @@ from regpt.data.loader import Loader
 from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
 from regpt.optim.schedule import learning_rate
-from regpt.train import checkpoint, loop, session
+from regpt.train import checkpoint, loop, plan, session
 from regpt.train.load import load_model
 from regpt.train.loop import Trainer
 from regpt.train.machine import probe, using
@@ -324,6 +324,22 @@ def test_no_clipping_equals_a_limit_never_reached(config: Config) -> None:
     assert weights("a") == weights("b")
 
 
+def test_float16_goes_on_after_a_step_that_was_left_out(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scaler has seen gradients that no update followed."""
+    train = dataclasses.replace(config.train, on_bad_step="skip", steps=6)
+    monkeypatch.setattr(plan, "choose_dtype", lambda *_: "float16")  # a CPU can, slowly
+    real = Trainer.check_finite
+
+    def spoiled(self: Trainer, loss: float, norm: float) -> bool:
+        return real(self, math.nan if self.state.step == 2 else loss, norm)
+
+    monkeypatch.setattr(Trainer, "check_finite", spoiled)
+    result = session.train(dataclasses.replace(config, train=train), "run")
+    assert result.step == 6 and result.val_loss is not None and math.isfinite(result.val_loss)
+
+
 def test_out_of_memory_names_the_knob(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -396,7 +412,9 @@ def test_no_checkpoint_without_the_log_below_it(config: Config, monkeypatch: pyt
     session.train(config, "run", listen=lambda e, s, v: heard.append((e, s, v.get("text", ""))))
     assert [s for e, s, _ in heard if e == "save"] == [8, 12]
     (note,) = [text for e, _, text in heard if e == "note"]
-    assert note.startswith("the checkpoint of step 4 could not be written, nor the log before it: No space left")
+    assert note.startswith(
+        "the checkpoint of step 4 could not be written, nor the log before it: No space left"
+    )
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
