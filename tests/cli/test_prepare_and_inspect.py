@@ -123,7 +123,7 @@ def test_what_a_person_sees(folder, capsys) -> None:
         ),
         (
             ["my téxts", "--out", "o", "--tokenizer", "bytes", "--workers", "0"],
-            "data.workers must be 1 or more",
+            "data.workers is out of range",
         ),
         (["a.jsonl", "--out", "o", "--tokenizer", "bytes"], "a.jsonl:1 has no field 'text'"),
         (["a.jsonl", "--out", "o", "--tokenizer", "bytes", "--text-field", "no"], "has no field 'no'"),

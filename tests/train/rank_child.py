@@ -149,7 +149,7 @@ def _places(place: str) -> tuple[Any, str, bool]:
         "evaluation": (Trainer, "evaluate", True),
         "sample": (Trainer, "sample", True),
         "save": (Trainer, "save", True),
-        "writing": (checkpoint, "_json_bytes", True),
+        "writing": (checkpoint, "_manifest_bytes", True),
         "pruning": (checkpoint, "prune", True),
         "saved": (Trainer, "save", False),
     }[place]

@@ -85,5 +85,5 @@ def test_under_nohup_a_lost_terminal_stops_nobody(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_processes_are_no_run() -> None:
-    with pytest.raises(ConfigError, match="--nproc must be at least 1"):
+    with pytest.raises(ConfigError, match="--nproc is out of range"):
         launch(0, ["train"])

@@ -330,3 +330,18 @@ def test_a_log_that_cannot_be_ended_hides_no_other_error(out: Path, monkeypatch:
 def test_the_run_directory_needs_no_torch() -> None:
     code = "import sys, regpt.train.run, regpt.train.track; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_that_changed_is_refused(out: Path) -> None:
+    """One bit; and a person who changes it on purpose is told how."""
+    with RunDirectory.open(out) as run:
+        run.begin(config={"seed": 1}, plan={"steps": 5})
+    text = run.record.read_text()
+    run.record.write_text(text.replace('"steps": 5', '"steps": 7'))
+    with pytest.raises(
+        CheckpointError, match=r"run.json has changed since it was written(.|\n)*take its line xxh3_128 out"
+    ):
+        run.read()
+    lines = [line for line in text.replace('"steps": 5', '"steps": 7').splitlines() if "xxh3_128" not in line]
+    run.record.write_text("\n".join(lines).replace("},\n}", "}\n}"))
+    assert run.read()["plan"] == {"steps": 7}

@@ -22,6 +22,7 @@ from regpt.models.attention import attend
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
 MLP_RATIO = 4
+MOST_LAYERS = 10_000  # to build more modules than that takes minutes, and nobody means it
 
 
 def check_shape(config: ModelConfig) -> None:
@@ -33,6 +34,10 @@ def check_shape(config: ModelConfig) -> None:
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"model.{name} must be at least 1.", got=getattr(config, name))
+    if config.n_layer > MOST_LAYERS:
+        raise ConfigError(
+            "model.n_layer is too large.", got=config.n_layer, expected=f"at most {MOST_LAYERS:,}"
+        )
     if config.n_embd % config.n_head:
         raise ConfigError(
             f"model.n_embd={config.n_embd} is not a multiple of model.n_head={config.n_head}.",

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from regpt import __version__
 from regpt.errors import CheckpointError
-from regpt.train.durable import lock_file, make_folder, replace_file, sync_folder
+from regpt.train.durable import SEAL, lock_file, make_folder, replace_file, sealed, sync_folder, unsealed
 
 FORMAT = 1
 OURS = {  # every name that may stand in a run before run.json does
@@ -89,8 +89,15 @@ class RunDirectory:
         """What `begin` wrote. Raises CheckpointError where that is missing or not ours."""
         try:
             document = json.loads(self.record.read_bytes())
+            if isinstance(document, dict):
+                document = unsealed(document, required=False)
         except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{self.record} cannot be read: {e}.") from None
+        if document is None:
+            raise CheckpointError(
+                f"{self.record} has changed since it was written.",
+                hint=f"put it back from a backup; where a person changed it on purpose, take its line {SEAL} out",
+            )
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CheckpointError(f"{self.record} is not the record of a run, of format {FORMAT}.")
         return document
@@ -113,7 +120,7 @@ class RunDirectory:
         versions |= {"regpt": __version__, "commit": _commit()}
         document = {"format": FORMAT, "sittings": [*sittings, now], **parts, "versions": versions}
         try:
-            replace_file(self.record, (json.dumps(_finite(document), indent=1) + "\n").encode())
+            replace_file(self.record, (json.dumps(sealed(_finite(document)), indent=1) + "\n").encode())
         except OSError as e:
             raise CheckpointError(f"{self.record} cannot be written: {e.strerror or e}.") from e
 

@@ -21,6 +21,7 @@ from regpt.data.loader import Loader
 from regpt.data.shards import Shards
 from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
+from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
@@ -68,7 +69,7 @@ def train(
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
-            return _train(config, Path(out).expanduser(), fresh, heard, machine, ranks)
+            return _train(config, user_path(out), fresh, heard, machine, ranks)
         except (Interrupted, TrainingDiverged) as e:
             e.told = not ranks.main  # it is the same on all
             raise
@@ -79,7 +80,9 @@ def _train(
 ) -> TrainResult:
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
-    ranks.together(lambda: make_plan(config, machine, vocab_size=1, world=ranks.world))
+    ranks.together(
+        lambda: _check_memory(make_plan(config, machine, vocab_size=1, world=ranks.world), machine)
+    )
     run = RunDirectory(out)
 
     def check() -> Path | None:
@@ -90,7 +93,9 @@ def _train(
         return None if fresh else _check_same_run(run, config, listen)
 
     kept = run.tokenizer if ranks.from_main(ranks.together(check) is not None) else None
-    tokenizer, shards = ranks.first_on_each_host(lambda: corpus(config, listen, kept_tokenizer=kept))
+    tokenizer, shards = ranks.first_on_each_host(
+        lambda: corpus(config, listen, kept_tokenizer=kept, verify=ranks.local_rank == 0)
+    )
     # A character that the tokenizer lacks is refused now, not at a sample.
     ranks.together(lambda: tokenizer.encode(config.sample.prompt))
     loader = ranks.together(
@@ -270,14 +275,17 @@ def _newest(
 
 def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, listen: Listener) -> None:
     """Exact resume holds for the same build, processor, threads, micro-batch and dtype: say aloud what changed."""
-    then, now = before["plan"] | before["machine"], as_dict(plan) | dataclasses.asdict(machine)
+    then, now = (
+        before.get("plan", {}) | before.get("machine", {}),
+        as_dict(plan) | dataclasses.asdict(machine),
+    )
     changed = [
         k for k in ("dtype", "micro_rows", "threads", "name", "device", "reduction") if then.get(k) != now[k]
     ]
     worlds = then.get("world", 1), now["world"]
     if worlds[0] != worlds[1] and plan.reduction != "exact":
         changed.append("world")
-    if before["versions"].get("torch") != str(torch.__version__):
+    if before.get("versions", {}).get("torch") != str(torch.__version__):
         changed.append("torch")
     if changed:
         text = f"{', '.join(changed)} changed since this run was begun: it goes on, but not to the same bits."
@@ -314,7 +322,7 @@ def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path
             f"{run.path} holds a run with other settings: {lines}.",
             hint="another --out, or --fresh to begin anew (the old run is moved aside)",
         )
-    then, now = run.read()["facts"].get("text", {}), text_identity(config)
+    then, now = run.read().get("facts", {}).get("text", {}), text_identity(config)
     if then.keys() == now.keys() and then != now:
         raise CheckpointError(
             f"the text changed since the run in {run.path} was begun: {', '.join(k for k in now if now[k] != then[k])}.",
