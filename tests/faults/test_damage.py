@@ -229,7 +229,7 @@ def shards(place: Path) -> tuple[Path, Path]:
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [200, pytest.param(6000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [200, pytest.param(6200, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_noticed(run: Path, n: int) -> None:
     chance, counts = random.Random(n), Counter[str]()
     path = copied(run, "copy") / "checkpoints"
@@ -317,7 +317,7 @@ def of_one_kind(a: str, b: str) -> bool:
     return Path(a).suffix == Path(b).suffix
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [100, pytest.param(4060, marks=pytest.mark.slow)])
 def test_damaged_shards_are_noticed(shards: tuple[Path, Path], config: Config, n: int) -> None:
     chance, counts = random.Random(n), Counter[str]()
     folder = Folder(*shards, of_one_kind)

@@ -43,7 +43,7 @@ def test_each_row_exactly_once_an_epoch(tiny_run: Config, world: int, kills: int
     split = corpus(config)[1].split("train")
     ids = split.rows(np.array([0]), split.n_tokens)[0].tolist()
     windows = -(-split.n_tokens // block)
-    steps = EPOCHS * windows // 8
+    steps = -(-EPOCHS * windows // 8)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
     chance, done, whole_s = random.Random(kills + world), 0, 0.5
@@ -72,7 +72,7 @@ def test_each_row_exactly_once_an_epoch(tiny_run: Config, world: int, kills: int
     assert len(place) == len(ids), "two rows of the text are equal"
     rows = [row for step in range(steps) for row in seen[step]]
     assert len(rows) == steps * 8
-    for epoch in range(steps * 8 // windows):
+    for epoch in range(EPOCHS):
         starts = [place[tuple(row)] for row in rows[epoch * windows : (epoch + 1) * windows]]
         inputs = Counter((start + j) % len(ids) for start in starts for j in range(block))
         overlap = windows * block - len(
@@ -80,7 +80,7 @@ def test_each_row_exactly_once_an_epoch(tiny_run: Config, world: int, kills: int
         )  # where the block size does not divide the split, one window overlaps
         assert len(inputs) == len(ids), f"epoch {epoch}: {len(ids) - len(inputs)} tokens missed"
         assert sum(n - 1 for n in inputs.values()) == overlap, f"epoch {epoch}: tokens doubled"
-    print(f"{done} kills, {steps * 8 // windows} epochs of {windows} rows on {world} ranks: each once")
+    print(f"{done} kills, {EPOCHS} epochs of {windows} rows on {world} ranks: each once")
 
 
 def effective_rows(files: Sequence[Path]) -> dict[int, list[list[int]]]:

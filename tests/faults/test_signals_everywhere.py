@@ -84,11 +84,16 @@ def test_a_signal_in_any_phase_on_any_rank(
             stopped(config, signame, phase, who, expected, "run")
 
 
-@pytest.mark.parametrize("phase", ["step", pytest.param("evaluation", marks=pytest.mark.slow)])
-def test_a_second_signal_leaves_at_once(config: Config, expected: object, phase: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "at", "saved"), [("step", 5, 4), pytest.param("evaluation", 4, 2, marks=pytest.mark.slow)]
+)
+def test_a_second_signal_leaves_at_once(
+    config: Config, expected: object, phase: str, at: int, saved: int
+) -> None:
     """Unsaved, and nothing of what was saved before is lost."""
-    assert train(1, config, "run", (0, 5, f"SIGTERM twice in {phase}")) == [-signal.SIGTERM]
-    assert "again: at once, unsaved" in said("run", 0) and steps("run")[-1] == 4
+    config = dataclasses.replace(config, save=dataclasses.replace(config.save, in_background=False))
+    assert train(1, config, "run", (0, at, f"SIGTERM twice in {phase}")) == [-signal.SIGTERM]
+    assert "again: at once, unsaved" in said("run", 0) and steps("run")[-1] == saved
     assert train(1, config, "run") == [0]
     assert outcome("run") == expected and debris("run") == []
 
@@ -119,3 +124,12 @@ def test_a_signal_while_text_is_prepared(config: Config, signame: str, workers: 
     assert train(world, config, "run") == [0] * world, said("run", 0)
     assert {p.name for p in Path().iterdir() if "shards" in p.name} == {"shards"}
     assert entries("run", "step")[-1]["step"] == 10
+
+
+def test_an_evaluation_is_logged_once_however_often_it_is_begun(config: Config, expected: object) -> None:
+    """Stopped in it, its step is saved without it; then killed after it, and before the save that would know of it."""
+    assert train(1, config, "run", (0, 4, "SIGTERM in evaluation")) == [143]
+    assert train(1, config, "run", (0, 4, "SIGKILL in save")) == [-signal.SIGKILL]
+    assert [e["step"] for e in entries("run", "eval")] == [4]
+    assert train(1, config, "run") == [0]
+    assert outcome("run") == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -81,6 +82,7 @@ def _rank(
         del os.environ["RANK"]
     log = os.open(f"{out}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(60, file=2)  # where it hangs, if it does
     import torch
 
     torch.set_num_threads(1)

@@ -263,6 +263,18 @@ def test_rewinding_drops_later_steps_and_rubbish(out: Path) -> None:
     assert [e["step"] for e in lines(out / "samples.jsonl")] == [1, 2]
 
 
+def test_rewinding_also_drops_what_will_be_done_again(out: Path) -> None:
+    """A checkpoint of the very step may be of before the evaluation that the log already has."""
+    with RunDirectory.open(out) as run:
+        for event in ("step", "eval", "save", "sample"):
+            run.log(event, 4, {})
+        run.rewind(4, again=["eval", "sample"])
+        assert [e["event"] for e in run.lines.entries()] == ["step", "save"]
+        assert list(run.samples.entries()) == []
+        run.rewind(4)
+        assert [e["event"] for e in run.lines.entries()] == ["step", "save"]
+
+
 def test_rewinding_a_whole_log_does_not_rewrite_it(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')

@@ -7,6 +7,7 @@ carries what lies on a CPU, NCCL what lies on a GPU. Every method here is a coll
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import json
@@ -154,6 +155,7 @@ def joined(kind: str) -> Iterator[Ranks]:
             hint="the same --rdzv-endpoint on every node, and a network between them",
             exit_status=PEER_EXIT,
         ) from e
+    never_free(dist.group.WORLD)
     ranks = Ranks(
         rank=rank,
         world=world,
@@ -185,6 +187,15 @@ def joined(kind: str) -> Iterator[Ranks]:
         if not (lost and kind == "cuda"):  # NCCL waits for a peer that will not come
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def never_free(group: object) -> None:
+    """Keep a process group until the process ends.
+
+    Gloo's destructor joins its threads while it holds Python's lock. A thread that is about to free the tensors of a
+    collective that just ended waits for that lock, and neither goes on: one end in thirty on a busy machine.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _of_this_life(store: Any, rank: int, world: int) -> Any:

@@ -369,11 +369,21 @@ class Trainer:
             raise error
         self.restore(found)
         s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
-        if self.ranks.main:
-            self.run_directory.rewind(s.step)
+        self.rewind()
         note(
             f"{error.what} Back to step {s.step}, and past the rows up to there (train.on_bad_step=rollback)."
         )
+
+    def rewind(self) -> None:
+        """Take the log back to this step: what is done from here is written anew."""
+        s = self.state
+        again = [
+            event
+            for event, done in (("eval", s.evaluated_step), ("sample", s.sampled_step))
+            if done != s.step  # the checkpoint is of before it, though the log may have it
+        ]
+        if self.ranks.main:
+            self.run_directory.rewind(s.step, again=again)
 
     def check_first_loss(self, loss: float) -> None:
         """A fresh model knows nothing, so its loss is ln(V); anything else is a fault worth a word."""

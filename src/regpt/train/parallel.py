@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from regpt.config import Config
-from regpt.train.dist import Ranks
+from regpt.train.dist import Ranks, never_free
 from regpt.train.plan import Plan
 
 BUCKET_BYTES = 25 << 20  # of gradients gathered at a time by the exact sum
@@ -150,6 +150,8 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
         mesh = init_device_mesh(kind, (ranks.world,))
     else:
         mesh = init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("replicate", "shard"))
+    for mesh_group in mesh.get_all_groups():
+        never_free(mesh_group)
     for block in cast(Iterable[nn.Module], model.h):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # `named_parameters` then always are the shards

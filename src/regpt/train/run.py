@@ -18,7 +18,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,11 +134,15 @@ class RunDirectory:
         lines = self.samples if event == "sample" else self.lines
         lines.append({"event": event, "step": step, **values, **exact})
 
-    def rewind(self, step: int) -> None:
-        """Drop every line of a later step: training goes on from `step` and will write them again."""
+    def rewind(self, step: int, *, again: Container[str] = ()) -> None:
+        """Drop every line of a later step: training goes on from `step` and will write them again.
+
+        Args:
+            again: events of `step` itself that will be written again too.
+        """
         try:
-            self.lines.rewind(step)
-            self.samples.rewind(step)
+            self.lines.rewind(step, again)
+            self.samples.rewind(step, again)
         except OSError as e:
             raise CheckpointError(f"the log of {self.path} cannot be rewritten: {e.strerror or e}.") from e
 
@@ -210,10 +214,14 @@ class JsonLines:
         """Every whole line, in order; what is not ours is passed over."""
         return (entry for _, entry in self._parsed())
 
-    def rewind(self, step: int) -> None:
-        """Drop the entries of later steps, and torn lines, in one instant."""
+    def rewind(self, step: int, again: Container[str] = ()) -> None:
+        """Drop the entries of later steps, those of `step` whose event is in `again`, and torn lines, in one instant."""
         self.close()
-        kept = b"".join(line for line, entry in self._parsed() if entry["step"] <= step)
+        kept = b"".join(
+            line
+            for line, entry in self._parsed()
+            if entry["step"] < step or (entry["step"] == step and entry.get("event") not in again)
+        )
         if self.path.exists() and kept != self.path.read_bytes():
             replace_file(self.path, kept)
 

@@ -235,12 +235,16 @@ def _trainer(
     def begin() -> None:
         if before is not None:
             _say_what_breaks_bits(before, plan, machine, listen)
-            _rewind(run, trainer.state.step, listen)
+            if trainer.state.step and not run.lines.path.exists():
+                text = f"{run.lines.path} is missing: the log begins anew at step {trainer.state.step}."
+                listen("note", trainer.state.step, {"text": text})
+            trainer.rewind()
+            listen("resume", trainer.state.step, {"run": str(run.path)})
         if ranks.main:
             tokenizer.save(run.tokenizer)
-            text = {"text": text_identity(config)}
+            all_facts = facts | {"text": text_identity(config)}
             of_machine = dataclasses.asdict(machine)
-            run.begin(config=tracked, plan=as_dict(plan), facts=facts | text, machine=of_machine)
+            run.begin(config=tracked, plan=as_dict(plan), facts=all_facts, machine=of_machine)
 
     ranks.together(begin)
     return trainer
@@ -254,14 +258,6 @@ def _facts(config: Config, tokenizer: Tokenizer, shards: Shards) -> dict[str, An
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": shards.manifest.fingerprint,
     }
-
-
-def _rewind(run: RunDirectory, step: int, listen: Listener) -> None:
-    """Take the log back to `step`, from where the run goes on."""
-    if step and not run.lines.path.exists():
-        listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
-    run.rewind(step)
-    listen("resume", step, {"run": str(run.path)})
 
 
 def _newest(
