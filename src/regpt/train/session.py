@@ -235,11 +235,7 @@ def _trainer(
     def begin() -> None:
         if before is not None:
             _say_what_breaks_bits(before, plan, machine, listen)
-            if trainer.state.step and not run.lines.path.exists():
-                text = f"{run.lines.path} is missing: the log begins anew at step {trainer.state.step}."
-                listen("note", trainer.state.step, {"text": text})
-            trainer.rewind()
-            listen("resume", trainer.state.step, {"run": str(run.path)})
+            _rewind(trainer, run, listen)
         if ranks.main:
             tokenizer.save(run.tokenizer)
             all_facts = facts | {"text": text_identity(config)}
@@ -258,6 +254,15 @@ def _facts(config: Config, tokenizer: Tokenizer, shards: Shards) -> dict[str, An
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "data_fingerprint": shards.manifest.fingerprint,
     }
+
+
+def _rewind(trainer: Trainer, run: RunDirectory, listen: Listener) -> None:
+    """Take the log back to the step from where the run goes on."""
+    step = trainer.state.step
+    if step and not run.lines.path.exists():
+        listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
+    trainer.rewind()
+    listen("resume", step, {"run": str(run.path)})
 
 
 def _newest(
