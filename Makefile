@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint types docs bench clean
+.PHONY: help setup demo test test-slow soak lint types docs bench clean
 help:
 	@echo "make demo       set up, train the demo model (about two minutes), print generated text"
 	@echo "make test       set up, run the tests          make test-slow   the long ones"
+	@echo "make soak HOURS=6  runs under every fault at once"
 	@echo "make lint types  ruff; mypy --strict           make docs        regenerate docs/cli.md"
 	@echo "make bench NANOGPT=clone TEXT=tinyshakespeare.txt   a table against nanoGPT"
 	@echo "make clean       remove what setup and tests made"
@@ -29,6 +30,9 @@ test: setup
 
 test-slow: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+soak: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --hours $(or $(HOURS),6)
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

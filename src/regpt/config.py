@@ -37,6 +37,8 @@ class DataConfig:
     """Share of documents held out for validation; of a single text, its last part by position."""
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
+    verify: bool = True
+    """Compare prepared shards with their checksums before the first step. False: sizes only."""
     workers: int | None = None
     """Processes that tokenise during preparation. None: one for each core."""
     order: Literal["permuted", "replacement"] = "permuted"
@@ -360,6 +362,17 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
             found |= differences(a, b, f"{prefix}{f.name}.")
         elif a != b:
             found[prefix + f.name] = (a, b)
+    return found
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting under its dotted name: {"optim.lr": 0.001, …}."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        found |= (
+            flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        )
     return found
 
 

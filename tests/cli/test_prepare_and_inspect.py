@@ -123,7 +123,7 @@ def test_what_a_person_sees(folder, capsys) -> None:
         ),
         (
             ["my téxts", "--out", "o", "--tokenizer", "bytes", "--workers", "0"],
-            "data.workers must be 1 or more",
+            "data.workers is out of range",
         ),
         (["a.jsonl", "--out", "o", "--tokenizer", "bytes"], "a.jsonl:1 has no field 'text'"),
         (["a.jsonl", "--out", "o", "--tokenizer", "bytes", "--text-field", "no"], "has no field 'no'"),
@@ -198,3 +198,9 @@ def test_inspect_of_a_run_shows_each_loss_at_its_own_step(tmp_path, capsys) -> N
     assert "step      5: 2.5000 (1.2500 bits per byte)" in shown and "step     10: not finite" in shown
     assert main(["inspect", str(run.path), "--json"]) == 0
     assert [c["val_loss"] for c in json.loads(capsys.readouterr().out)["checkpoints"]] == [2.5, None]
+    with RunDirectory.open(tmp_path / "run") as run:
+        run.log("save", 9, {"path": "step-000009"})
+    assert main(["inspect", str(run.path), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["missing_step"] == 9
+    assert main(["inspect", str(run.path)]) == 2
+    assert "checkpoint of step 9, the last one saved, is GONE" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from regpt.config import ModelConfig, OptimConfig
 from regpt.models import build_model
 from regpt.models.attention import by_products
 from regpt.models.count import SIZES, count_parameters
-from regpt.models.memory import memory_estimate, saved_bytes_per_token
+from regpt.models.memory import Memory, memory_estimate, saved_bytes_per_token
 from regpt.models.modern import Modern
 from regpt.optim.groups import make_optimizer
 
@@ -86,11 +86,14 @@ def test_peak_of_a_run(
     assert planned == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)
 
 
-def kept_by_autograd(layers: int, dtype: str, dropout: float, arch: str = "gpt2") -> int:
+def kept_by_autograd(
+    layers: int, dtype: str, dropout: float, arch: str = "gpt2", *, recompute: bool = False
+) -> int:
     """Bytes of all storages that the backward pass holds, parameters aside, of 4 rows of 128 tokens."""
     torch.manual_seed(0)
     shape = {"n_head": 4, "n_embd": 64, "block_size": 128, "dropout": dropout}
     model = build_model(ModelConfig(arch=arch, n_layer=layers, **shape), 65)  # type: ignore[arg-type]
+    model.checkpoint_activations = recompute
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     alive: list[Tensor] = []  # holding every tensor keeps addresses from being used twice
 
@@ -178,3 +181,27 @@ def test_memory_grows_with_rows_and_shrinks_with_16_bits() -> None:
 
     assert total(8, "float32") < total(16, "float32") < total(16, "float32", n_micro=2)
     assert total(16, "float16") == total(16, "bfloat16") < total(16, "float32")
+
+
+def test_shards_levels_of_sums_and_recomputation_have_their_price() -> None:
+    """FSDP2 divides what is kept and gathers two layers and the embedding; the exact sum keeps a list for each level."""
+    config, n = SIZES["gpt2"], count_parameters(SIZES["gpt2"], 50257)
+
+    def memory(**more: Any) -> Memory:
+        settings = {"micro_rows": 4, "dtype": "bfloat16", "device_type": "cuda", "n_micro": 8} | more
+        return memory_estimate(config, 50257, **settings)
+
+    plain, sharded = memory(), memory(shards=8)
+    assert (sharded.optimizer, sharded.gradients) == (plain.optimizer // 8, plain.gradients // 8)
+    assert sharded.weights == n.stored // 2 + 4 * (n.stored - n.blocks) + 8 * n.blocks // 12
+    assert memory(exact_sums=True).gradients - plain.gradients == 3 * 4 * n.stored
+    less = memory(checkpoint_activations=True)
+    assert less.activations < plain.activations / 3 and less.total < plain.total
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_recomputed_activations_are_those_that_autograd_keeps(several: bool) -> None:
+    """Of one more layer: the stream, and nothing else."""
+    dtype = "bfloat16" if several else "float32"
+    layer = kept_by_autograd(3, dtype, 0.0, recompute=True) - kept_by_autograd(2, dtype, 0.0, recompute=True)
+    assert layer == 4 * 64 * 4 * 128

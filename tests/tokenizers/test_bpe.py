@@ -190,7 +190,7 @@ def test_too_small_a_vocabulary_is_refused() -> None:
         train_bpe([RHYME], 256)
     assert str(e.value) == (
         "tokenizer.vocab_size is too small for a bpe tokenizer.\n  got: 256\n"
-        "  expected: 257 or more: 256 bytes, <|endoftext|>, and the merges"
+        "  expected: 257 or more: 256 bytes, <|endoftext|>, and the merges; at most 4,194,304"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,8 @@ from regpt.config import Config
 from regpt.errors import RegptError
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child"])
-Fault = tuple[int, int, str]  # rank, step, what
+SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child", "torch._dynamo"])
+Fault = tuple[int | None, int, str]  # rank (None: all of them), step, what
 
 
 def start(
@@ -81,13 +82,15 @@ def _rank(
         del os.environ["RANK"]
     log = os.open(f"{out}.stderr-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(60, file=2)  # where it hangs, if it does
     import torch
 
     torch.set_num_threads(1)
-    from regpt.train import session
+    from regpt.train import dist, session
 
-    if fault and fault[0] == rank:
-        _plant(fault)
+    dist.JOIN_S = 15.0  # a rank that died before it joined
+    if fault and fault[0] in (rank, None):
+        plant(fault, f"{out}.rows-{rank}")
     status = 0
     try:
         session.train(config, out)
@@ -95,6 +98,8 @@ def _rank(
         status = e.exit_status
         if not e.told:
             os.write(2, f"{type(e).__name__}: {e}\n".encode())
+    except KeyboardInterrupt:
+        status = 130  # as the command line says
     except BaseException:
         os.write(2, traceback.format_exc().encode())
         status = 1
@@ -102,63 +107,173 @@ def _rank(
     os._exit(status)
 
 
-def _plant(fault: Fault) -> None:
-    """Have this rank meet `fault`'s what at its step."""
-    import torch
+def plant(fault: Fault, rows_to: str) -> None:
+    """Have this rank meet `fault`'s what, once its run has come to that step.
 
+    what: a signal, by its name: at the beginning of the step; "SIGTERM in evaluation": in one of `_places`; "SIGTERM
+    twice …": a second one on its heels. "nan loss", "inf gradient", "-inf weight", "nan input"; "always nan loss": in
+    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every batch go to a file.
+    """
+    _, at, what = fault
+    if what == "record rows":
+        return _record_rows(rows_to)
+    if what == "no space":
+        return _fill(at)
+    name, _, place = what.partition(" in ")
+    name, _, again = name.partition(" ")
+    if name not in signal.Signals.__members__:
+        return _spoil(at, what)
+
+    def send() -> None:
+        for _ in range(2 if again == "twice" else 1):
+            os.kill(os.getpid(), signal.Signals[name])
+
+    owner, method, first = _places(place or "step")
+    _once(owner, method, at, lambda *_: send(), first)
+
+
+def _places(place: str) -> tuple[Any, str, bool]:
+    """Where a fault may strike: whose method, its name, and whether before it or after it."""
+    from regpt.data import prepare
+    from regpt.train import checkpoint, session
+    from regpt.train.dist import Ranks
+    from regpt.train.loop import Trainer
+    from regpt.train.parallel import Gradients
+
+    return {
+        "preparation": (prepare, "_finish", True),
+        "waiting": (Ranks, "first_on_each_host", True),
+        "start": (session, "_trainer", True),
+        "step": (Trainer, "train_step", True),
+        "backward": (Gradients, "after", True),
+        "update": (Trainer, "update", True),
+        "logging": (Trainer, "_numbers", True),
+        "evaluation": (Trainer, "evaluate", True),
+        "sample": (Trainer, "sample", True),
+        "save": (Trainer, "save", True),
+        "writing": (checkpoint, "_manifest_bytes", True),
+        "pruning": (checkpoint, "prune", True),
+        "saved": (Trainer, "save", False),
+    }[place]
+
+
+def _once(owner: Any, name: str, at: int, act: Callable[..., None], first: bool = True) -> None:
+    """Call `act` with the method's arguments, the first time that it is called in the run's step `at` or later."""
+    original, spent = getattr(owner, name), []
+
+    def wrapped(*args: Any, **more: Any) -> Any:
+        due = not spent and _step[0] >= at
+        if due:
+            spent.append(True)
+        if due and first:
+            act(*args)
+        result = original(*args, **more)
+        if due and not first:
+            act(*args)
+        return result
+
+    setattr(owner, name, wrapped)
+    _count_steps()  # around it: the step is known when it asks
+
+
+_step = [0]  # where the run is; threads of a save ask too
+
+
+def _count_steps() -> None:
+    """Keep `_step` at the step of the trainer of this process."""
     from regpt.train.loop import Trainer
 
-    _, at, what = fault
-    bad = float("inf") if what.startswith("inf") else float("nan")
-
-    def at_step(name: str, act: Callable[[Any, tuple[Any, ...]], None]) -> None:
+    for name in ("train_step", "evaluate", "save"):
         original = getattr(Trainer, name)
 
-        def wrapped(self: Any, *args: Any, **kw: Any) -> Any:
-            if self.state.step == at:
-                act(self, args)
-            return original(self, *args, **kw)
+        def wrapped(self: Any, *args: Any, _original: Any = original, **more: Any) -> Any:
+            _step[0] = self.state.step
+            return _original(self, *args, **more)
 
         setattr(Trainer, name, wrapped)
 
-    if what == "SIGTERM in evaluation":
-        at_step("evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    elif what in signal.Signals.__members__:
-        at_step("train_step", lambda *_: os.kill(os.getpid(), signal.Signals[what]))
-    elif what.endswith("weight"):
-        at_step(
-            "train_step", lambda self, _: next(self.state.model.parameters()).data.view(-1)[:1].fill_(bad)
-        )
-    elif what.endswith("loss"):
+
+def _spoil(at: int, what: str) -> None:
+    """A number that is not finite: in the loss of a micro-batch, the gradient, a weight, or what enters the blocks."""
+    import torch
+
+    from regpt.train.loop import Trainer
+    from regpt.train.parallel import Gradients
+
+    *always, number, place = what.split()
+    bad = float(number)
+
+    def spoil_loss(trainer: Trainer, *_: object) -> None:
+        good = trainer.compute_loss
+
+        def once(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            trainer.compute_loss = good
+            return good(x, y) * bad
+
+        trainer.compute_loss = once
+
+    def spoil_input(trainer: Trainer, *_: object) -> None:
+        def spoiled(_: object, __: object, out: torch.Tensor) -> torch.Tensor:
+            hook.remove()
+            return out * bad
+
+        hook = trainer.state.model.drop.register_forward_hook(spoiled)  # type: ignore[union-attr]
+
+    def spoil_weight(trainer: Trainer, *_: object) -> None:
+        _local(next(trainer.state.model.parameters()).data).view(-1)[:1].fill_(bad)
+
+    def spoil_gradient(gradients: Gradients, *_: object) -> None:
+        grad = gradients.parameters[0].grad
+        assert grad is not None
+        _local(grad).view(-1)[:1].fill_(bad)
+
+    if always:
         original = Trainer.seed_dropout
 
-        def spoiled(self: Trainer, step: int, micro: int) -> None:
+        def every(self: Trainer, step: int, micro: int) -> None:
             original(self, step, micro)
-            good = self.compute_loss
+            if self.state.step >= at and micro == 0:
+                spoil_loss(self)
 
-            def once(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-                self.compute_loss = good
-                return good(x, y) * (bad if self.state.step == at else 1.0)
+        Trainer.seed_dropout = every  # type: ignore[method-assign]
+        return
+    act: Any = {"loss": spoil_loss, "input": spoil_input, "weight": spoil_weight, "gradient": spoil_gradient}
+    _once(*((Gradients, "after") if place == "gradient" else (Trainer, "train_step")), at, act[place])
 
-            if self.state.step == at and (step == at or what.startswith("always")):
-                self.compute_loss = once
 
-        Trainer.seed_dropout = spoiled  # type: ignore[method-assign]
-    elif what.endswith("gradient"):
-        from regpt.train.parallel import Gradients
+def _local(tensor: Any) -> Any:
+    """A shard's own part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
-        after, begin = Gradients.after, Trainer.train_step
 
-        def poisoned(self: Gradients, loss: torch.Tensor) -> None:
-            if self.at_step == at:  # type: ignore[attr-defined]
-                grad = self.parameters[0].grad
-                assert grad is not None
-                grad.view(-1)[:1].fill_(bad)
-            after(self, loss)
+def _fill(at: int) -> None:
+    """The disk is full for one file of a checkpoint."""
+    import errno
 
-        def counted(self: Trainer) -> None:
-            self.gradients.at_step = self.state.step  # type: ignore[attr-defined]
-            begin(self)
+    from regpt.train import checkpoint
 
-        Trainer.train_step = counted  # type: ignore[method-assign]
-        Gradients.after = poisoned  # type: ignore[method-assign]
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _once(checkpoint, "write_synced", at, full)
+
+
+def _record_rows(path: str) -> None:
+    """Every batch that is asked for, with its step, as a line of JSON; a killed process keeps the lines it wrote."""
+    import json
+
+    from regpt.data.loader import Loader
+
+    original = Loader.batch
+
+    def write(value: object) -> None:
+        with open(path, "ab", buffering=0) as file:
+            file.write((json.dumps(value) + "\n").encode())
+
+    def recorded(self: Loader, step: int, *args: int) -> Any:
+        x, y = original(self, step, *args)
+        write({"step": step, "rows": x.tolist()})
+        return x, y
+
+    write("begin")
+    Loader.batch = recorded  # type: ignore[method-assign]

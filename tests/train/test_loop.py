@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -26,11 +27,12 @@ from regpt.data.loader import Loader
 from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models.gpt2 import GPT2
 from regpt.optim.schedule import learning_rate
-from regpt.train import checkpoint, loop, session
+from regpt.train import checkpoint, loop, plan, session
 from regpt.train.load import load_model
 from regpt.train.loop import Trainer
 from regpt.train.machine import probe, using
 from regpt.train.parallel import Gradients
+from regpt.train.run import RunDirectory
 
 
 @pytest.fixture
@@ -322,6 +324,22 @@ def test_no_clipping_equals_a_limit_never_reached(config: Config) -> None:
     assert weights("a") == weights("b")
 
 
+def test_float16_goes_on_after_a_step_that_was_left_out(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scaler has seen gradients that no update followed."""
+    train = dataclasses.replace(config.train, on_bad_step="skip", steps=6)
+    monkeypatch.setattr(plan, "choose_dtype", lambda *_: "float16")  # a CPU can, slowly
+    real = Trainer.check_finite
+
+    def spoiled(self: Trainer, loss: float, norm: float) -> bool:
+        return real(self, math.nan if self.state.step == 2 else loss, norm)
+
+    monkeypatch.setattr(Trainer, "check_finite", spoiled)
+    result = session.train(dataclasses.replace(config, train=train), "run")
+    assert result.step == 6 and result.val_loss is not None and math.isfinite(result.val_loss)
+
+
 def test_out_of_memory_names_the_knob(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Trainer) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -330,6 +348,18 @@ def test_out_of_memory_names_the_knob(config: Config, monkeypatch: pytest.Monkey
     with pytest.raises(DeviceError, match="ran out of memory") as e:
         session.train(config, "run")
     assert e.value.hint == "--train.micro-rows 4 (the batch stays as it is)"
+
+
+def test_what_is_far_from_fitting_is_refused_before_it_is_built(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system short of memory ends processes without a word."""
+    machine = dataclasses.replace(probe("cpu"), memory_bytes=100 << 20)
+    monkeypatch.setattr(session, "probe", lambda *_: machine)
+    with pytest.raises(DeviceError, match=r"this model needs 0\.4 GiB to train") as e:
+        session.train(config, "run")
+    assert "0.1 GiB for each process" in str(e.value) and "--train." in str(e.value)
+    assert not (Path("run") / "checkpoints").exists() and not (Path("run") / "run.json").exists()
 
 
 def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +383,38 @@ def test_a_full_disk_costs_one_save_and_not_the_run(config: Config, monkeypatch:
         "  try: free some space on the disk of run/checkpoints; older checkpoints are untouched\n"
         "  training goes on; the next save will try again."
     ]
+
+
+def test_old_checkpoints_that_cannot_be_deleted_make_no_save_fail(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prune(folder: Path, **_: object) -> list[Path]:
+        raise checkpoint.SaveFailed("old checkpoints could not be deleted: EIO.", folder, no_space=False)
+
+    monkeypatch.setattr(checkpoint, "prune", prune)
+    heard: list[tuple[str, int]] = []
+    assert session.train(config, "run", listen=lambda e, s, _: heard.append((e, s))).step == 12
+    assert [s for e, s in heard if e == "save"] == [4, 8, 12] == [s for e, s in heard if e == "note"]
+
+
+def test_no_checkpoint_without_the_log_below_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after it, a run would never write the missing lines again."""
+    real, failed = RunDirectory.sync, []
+
+    def sync(self: RunDirectory) -> None:
+        if not failed:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(RunDirectory, "sync", sync)
+    heard: list[tuple[str, int, str]] = []
+    session.train(config, "run", listen=lambda e, s, v: heard.append((e, s, v.get("text", ""))))
+    assert [s for e, s, _ in heard if e == "save"] == [8, 12]
+    (note,) = [text for e, _, text in heard if e == "note"]
+    assert note.startswith(
+        "the checkpoint of step 4 could not be written, nor the log before it: No space left"
+    )
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
@@ -522,8 +584,8 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 
 
 def test_a_context_longer_than_the_text_is_refused(config: Config) -> None:
-    model = dataclasses.replace(config.model, block_size=2**16)
-    train = dataclasses.replace(config.train, batch_tokens=2**16)
+    model = dataclasses.replace(config.model, n_layer=1, n_head=1, block_size=2**15)
+    train = dataclasses.replace(config.train, batch_tokens=2**15)
     with pytest.raises(ConfigError, match="block_size"):
         session.train(dataclasses.replace(config, model=model, train=train), "run")
 

@@ -200,6 +200,7 @@ def test_a_mistake_is_said_once(config: Config) -> None:
     [
         ({"strategy": "fsdp", "reduction": "exact"}, "train.reduction=exact needs train.strategy=ddp"),
         ({"reduction": "exact", "micro_rows": None}, "needs train.micro_rows"),
+        ({"shard_group": 2}, "train.shard_group=2 shards nothing with train.strategy=ddp"),
         ({"strategy": "fsdp", "shard_group": 3}, "train.shard_group=3 does not divide 4 ranks"),
         (
             {"reduction": "exact", "batch_tokens": 4 * 3 * 64},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import regpt
-from regpt.errors import CheckpointError
+from regpt.errors import CheckpointError, Interrupted
 from regpt.train import run as run_module
 from regpt.train.run import JsonLines, RunDirectory
 
@@ -263,6 +263,18 @@ def test_rewinding_drops_later_steps_and_rubbish(out: Path) -> None:
     assert [e["step"] for e in lines(out / "samples.jsonl")] == [1, 2]
 
 
+def test_rewinding_also_drops_what_will_be_done_again(out: Path) -> None:
+    """A checkpoint of the very step may be of before the evaluation that the log already has."""
+    with RunDirectory.open(out) as run:
+        for event in ("step", "eval", "save", "sample"):
+            run.log(event, 4, {})
+        run.rewind(4, again=["eval", "sample"])
+        assert [e["event"] for e in run.lines.entries()] == ["step", "save"]
+        assert list(run.samples.entries()) == []
+        run.rewind(4)
+        assert [e["event"] for e in run.lines.entries()] == ["step", "save"]
+
+
 def test_rewinding_a_whole_log_does_not_rewrite_it(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
@@ -309,13 +321,39 @@ def test_a_disk_that_stays_full_is_said_at_the_end(out: Path, monkeypatch: pytes
     run = RunDirectory.open(out)
     monkeypatch.setattr(os, "write", full)
     run.log("step", 1, {"loss": 1.0})
-    run.sync()
+    with pytest.raises(OSError, match="No space left"):
+        run.sync()
     with pytest.raises(CheckpointError, match=r"the end of .*log.jsonl could not be written: No space left"):
         run.close()
     monkeypatch.undo()
     RunDirectory.open(out).close()  # and the lock is free all the same
 
 
+def test_a_log_that_cannot_be_ended_hides_no_other_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(Interrupted, match="stopped"), RunDirectory.open(out) as run:
+        monkeypatch.setattr(os, "write", full)
+        run.log("step", 1, {"loss": 1.0})
+        raise Interrupted("stopped")
+
+
 def test_the_run_directory_needs_no_torch() -> None:
     code = "import sys, regpt.train.run, regpt.train.track; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_that_changed_is_refused(out: Path) -> None:
+    """One bit; and a person who changes it on purpose is told how."""
+    with RunDirectory.open(out) as run:
+        run.begin(config={"seed": 1}, plan={"steps": 5})
+    text = run.record.read_text()
+    run.record.write_text(text.replace('"steps": 5', '"steps": 7'))
+    with pytest.raises(
+        CheckpointError, match=r"run.json has changed since it was written(.|\n)*take its line xxh3_128 out"
+    ):
+        run.read()
+    lines = [line for line in text.replace('"steps": 5', '"steps": 7').splitlines() if "xxh3_128" not in line]
+    run.record.write_text("\n".join(lines).replace("},\n}", "}\n}"))
+    assert run.read()["plan"] == {"steps": 7}

@@ -1,7 +1,4 @@
-"""The command line: finds the command, imports it alone, and turns what goes wrong into one message and an exit status.
-
-Exit status: 0 done; 1 a fault of ours; 2 the user's mistake; 3 training diverged; 129, 130, 143 stopped by a signal, saved.
-"""
+"""The command line: finds the command, imports it alone, and turns what goes wrong into one message and an exit status."""
 
 from __future__ import annotations
 
@@ -30,6 +27,11 @@ COMMANDS = {
 }
 
 
+STATUSES = """\
+Exit status: 0 done; 1 a fault of ours; 2 a mistake in what was asked; 3 training diverged; 4 another process of the run
+was lost; 129, 130, 138, 143 stopped by SIGHUP, SIGINT, SIGUSR1, SIGTERM, everything saved."""
+
+
 def usage() -> str:
     """What `regpt --help` prints."""
     width = max(map(len, COMMANDS))
@@ -43,6 +45,7 @@ def usage() -> str:
             *lines,
             "",
             "Every command takes --json, --quiet and --debug.",
+            STATUSES,
             "Start here:  regpt train demo   (about two minutes on two CPU cores, nothing is downloaded)",
         ]
     )

@@ -11,11 +11,13 @@ import tyro
 
 from regpt.cli.parse import CommonArgs, Output, parse
 from regpt.errors import CheckpointError, DataError
+from regpt.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from regpt.config import Config
     from regpt.data.shards import Shards
 
 SAMPLE_CHARS = 400
@@ -38,7 +40,7 @@ class Args(CommonArgs):
 def main(argv: list[str]) -> int:
     """`regpt inspect`."""
     args = parse(Args, argv, prog="regpt inspect", description=__doc__ or "")
-    path = Path(args.path).expanduser()
+    path = user_path(args.path)
     if not path.exists():
         raise DataError(f"there is nothing at {path}.")
     if (path / "run.json").exists():
@@ -53,6 +55,26 @@ def main(argv: list[str]) -> int:
             expected="a folder with manifest.json, run.json or state.json",
         )
     return 0
+
+
+LOSSES = ("val_loss", "val_bits_per_byte")
+
+
+def _described(path: Path, record: dict[str, Any], config: Config) -> list[str]:
+    """What was trained on what, from a run's record."""
+    m = config.model
+    try:
+        plan = record["plan"]
+        return [
+            f"run        {path}: begun {record['sittings'][0]}, {len(record['sittings'])} sitting(s)",
+            f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
+            f"{plan['parameters']:,} parameters",
+            f"data       {config.data.source}, tokenizer {config.tokenizer.name} of {plan['vocab_size']:,}",
+            f"training   {plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
+            f"{record['machine']['name']}",
+        ]
+    except (KeyError, IndexError, TypeError) as e:
+        raise CheckpointError(f"{path / 'run.json'} is not a whole record of a run: {e}.") from None
 
 
 def inspect_run(path: Path, args: Args) -> bool:
@@ -75,16 +97,8 @@ def inspect_run(path: Path, args: Args) -> bool:
             checkpoints.append({"path": folder.name, "valid": True, "val_loss": evaluated_loss(found)})
         except CheckpointError as e:
             checkpoints.append({"path": folder.name, "valid": False, "fault": e.what})
-    evals = [e for e in run.lines.entries() if e["event"] == "eval"]
-    m, plan = config.model, record["plan"]
-    lines = [
-        f"run        {path}: begun {record['sittings'][0]}, {len(record['sittings'])} sitting(s)",
-        f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
-        f"{plan['parameters']:,} parameters",
-        f"data       {config.data.source}, tokenizer {config.tokenizer.name} of {plan['vocab_size']:,}",
-        f"training   {plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
-        f"{record['machine']['name']}",
-    ]
+    evals = [e for e in run.lines.entries() if e.get("event") == "eval" and {*LOSSES} <= e.keys()]
+    lines = _described(path, record, config)
     for last in evals[-5:]:
         loss = "not finite"
         if last["val_loss"] is not None and last["val_bits_per_byte"] is not None:
@@ -97,7 +111,14 @@ def inspect_run(path: Path, args: Args) -> bool:
     gone = saved is not None and all(c["path"] != checkpoint_name(saved) for c in checkpoints)
     if gone:
         lines.append(f"checkpoint of step {saved}, the last one saved, is GONE")
-    values = {"kind": "run", "path": str(path), "run": record, "evals": evals, "checkpoints": checkpoints}
+    values: dict[str, object] = {
+        "kind": "run",
+        "path": str(path),
+        "run": record,
+        "evals": evals,
+        "checkpoints": checkpoints,
+    }
+    values["missing_step"] = saved if gone else None
     out.result(values, "\n".join(lines))
     return not gone and all(c["valid"] for c in checkpoints)
 

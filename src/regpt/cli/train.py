@@ -15,6 +15,7 @@ import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
+from regpt.paths import user_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         from regpt.train.launch import launch
 
         return launch(args.nproc, ["train", *argv])
-    out = Path(args.out or f"runs/{preset.name}").expanduser()
+    out = user_path(args.out or f"runs/{preset.name}")
     main_rank = (
         os.environ.get("RANK", "0") == "0"
     )  # the others are not heard, unless something is wrong with them

@@ -11,10 +11,11 @@ from typing import Any
 
 from regpt.config import Config, TokenizerConfig
 from regpt.data.prepare import prepare, training_texts, unusual_split
-from regpt.data.shards import MANIFEST, TOKENIZER, Shards
+from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards
 from regpt.data.sources import Source, is_remote, open_source
 from regpt.errors import ConfigError, DataError
-from regpt.tokenizers import KINDS, Tokenizer, load_tokenizer, open_tokenizer
+from regpt.paths import user_path
+from regpt.tokenizers import KINDS, Tokenizer, check_entries, load_tokenizer, open_tokenizer
 
 Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
@@ -24,13 +25,18 @@ GUESSED_CHARACTERS = 96  # printable ASCII and the line end: what a plan assumes
 
 
 def corpus(
-    config: Config, listen: Listener = lambda *_: None, *, kept_tokenizer: Path | None = None
+    config: Config,
+    listen: Listener = lambda *_: None,
+    *,
+    kept_tokenizer: Path | None = None,
+    verify: bool = True,
 ) -> tuple[Tokenizer, Shards]:
     """The tokenizer and shards of `config`, prepared now if they are not there yet.
 
     Args:
         listen: hears ("info", 0, {"text"}) and ("progress", 0, {"description", "done", "total", "unit"}).
         kept_tokenizer: a run's own tokenizer folder; used, if it exists, instead of training one again.
+        verify: compare shards that are there already with their checksums, if `data.verify` wants it.
 
     Raises:
         DataError: the source, the tokenizer or the shards are missing, damaged, or do not belong together.
@@ -39,13 +45,18 @@ def corpus(
         raise ConfigError(
             "data.source is not set.", hint="--data.source FILE, a folder, a glob, or a named set"
         )
-    folder = Path(config.data.source).expanduser()
+    folder = user_path(config.data.source)
+    verified = _verified if verify and config.data.verify else lambda pair, _: pair
     if (folder / MANIFEST).exists():
-        return _prepared(folder, config)
+        return verified(_prepared(folder, config), listen)
+    if (folder / FIRST_SHARD).exists():
+        raise DataError(
+            f"{folder / MANIFEST} is missing.", hint="prepare the shards again, or copy the whole folder"
+        )
     source, val_source = _sources(config)
     folder = data_folder(config, source, val_source)
     if (folder / MANIFEST).exists():
-        return _prepared(folder, config, source, val_source)
+        return verified(_prepared(folder, config, source, val_source), listen)
     tokenizer = tokenizer_for(
         config.tokenizer, source, val_source, config.data.val_fraction, listen, kept=kept_tokenizer
     )
@@ -69,6 +80,15 @@ def corpus(
     return _prepared(folder, config)
 
 
+def _verified(found: tuple[Tokenizer, Shards], listen: Listener) -> tuple[Tokenizer, Shards]:
+    """The same, every byte of the shards compared with its checksum: a bit that flipped would be learned."""
+    done, total = 0, sum(f.bytes for f in found[1].manifest.files)
+    for file in found[1].verify():
+        done += file.bytes
+        listen("progress", 0, {"description": "verifying", "done": done, "total": total, "unit": "bytes"})
+    return found
+
+
 def _sources(config: Config) -> tuple[Source, Source | None]:
     d = config.data
     val_source = None if d.val_source is None else open_source(d.val_source, text_field=d.text_field)
@@ -77,7 +97,7 @@ def _sources(config: Config) -> tuple[Source, Source | None]:
 
 def text_identity(config: Config) -> dict[str, Any]:
     """What decides the text of a run and its split, without reading all of it: equal identity, equal text."""
-    folder = Path(config.data.source).expanduser()
+    folder = user_path(config.data.source)
     if (folder / MANIFEST).exists():
         return {"shards": Shards.open(folder).manifest.fingerprint}
     source, val_source = _sources(config)
@@ -91,7 +111,7 @@ def text_identity(config: Config) -> dict[str, Any]:
 def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
-        return Path(config.data.dir).expanduser()
+        return user_path(config.data.dir)
     name = config.tokenizer.name
     asked = {
         "source": source.fingerprint,
@@ -143,6 +163,8 @@ def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
     """
     sizes = {"gpt2": 50257, "bytes": 257, "bpe": config.tokenizer.vocab_size, "chars": GUESSED_CHARACTERS + 1}
     name = config.tokenizer.name
+    if name == "bpe":
+        check_entries(config.tokenizer.vocab_size)
     shards = _found(config)
     if shards is not None:
         return shards.manifest.tokenizer.vocab_size, True, shards
@@ -153,7 +175,7 @@ def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
 
 def _found(config: Config) -> Shards | None:
     """The shards of `config` if they lie here."""
-    folder = Path(config.data.source).expanduser()
+    folder = user_path(config.data.source)
     if not config.data.source or is_remote(config.data.source):
         return None
     if (folder / MANIFEST).exists():
@@ -186,6 +208,13 @@ def _prepared(
             )
     tokenizer = load_tokenizer(folder / TOKENIZER)
     has, asks = manifest.tokenizer, config.tokenizer.name
+    if tokenizer.fingerprint != has.fingerprint:
+        raise DataError(
+            f"{folder / TOKENIZER} is not the tokenizer that these shards were written with.",
+            got=tokenizer.fingerprint,
+            expected=has.fingerprint,
+            hint="prepare the shards again, or copy the whole folder",
+        )
     wanted = asks if asks in KINDS else open_tokenizer(asks).fingerprint
     if wanted != (has.kind if asks in KINDS else has.fingerprint):
         raise DataError(

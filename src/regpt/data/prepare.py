@@ -44,6 +44,7 @@ ProgressFunction = Callable[[int, int], None]
 MORE_SPACE = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 HASHES = 1 << 64
 JOURNAL = "journal.json"
+MOST_WORKERS = 1024
 JOURNAL_S = 30.0  # work that a crash can cost, beside what it costs to make it durable
 # For the estimate of disk: text per id. Of byte-pair encodings a low figure, so that the estimate is high.
 BYTES_PER_TOKEN = {"gpt2": 2.5, "bpe": 2.5}
@@ -77,13 +78,14 @@ def prepare(
     """
     if not 0 <= val_fraction < 1:
         raise ConfigError("data.val_fraction must lie in [0, 1).", got=val_fraction)
-    if workers is not None and workers < 1:
-        raise ConfigError("data.workers must be 1 or more.", got=workers)
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError("data.workers is out of range.", got=workers, expected=f"1 to {MOST_WORKERS}")
     out = Path(os.path.abspath(out))
     job = _Job(source, None if val_source else val_fraction, val_source, tokenizer, shard_tokens)
     if done := job.finished(out):
         return done
     work = out.parent / f".{out.name}.partial"
+    made_parent = not out.parent.exists()
     try:
         _check_disk(job, out, work)
         with _locked(work / "lock", out):
@@ -100,6 +102,9 @@ def prepare(
             finally:
                 if not keep:
                     shutil.rmtree(work, ignore_errors=True)
+                    if made_parent and not out.exists():
+                        with contextlib.suppress(OSError):  # somebody else's are in it
+                            out.parent.rmdir()
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             what = f"disk full while preparing {out}; what was written is removed."

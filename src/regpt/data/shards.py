@@ -25,9 +25,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from regpt.errors import DataError
+from regpt.train.durable import sealed, unsealed
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+FIRST_SHARD = "train-00000.bin"
 FORMAT = "regpt-shards-1"
 SPLITS = ("train", "val")
 OPEN_FILES = 256  # mapped at once by one split; a process may commonly have 1,024 files open
@@ -122,8 +124,8 @@ class Manifest:
         return digest.hexdigest()
 
     def to_json(self) -> str:
-        """As the file has it."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=True) + "\n"
+        """As the file has it, with the hash of itself at its end."""
+        return json.dumps(sealed(dataclasses.asdict(self)), indent=1, ensure_ascii=True) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -137,6 +139,12 @@ class Manifest:
             values = json.loads(file.read_bytes())
             if values["format"] != FORMAT:
                 raise DataError(f"{file}: another format.", got=values["format"], expected=FORMAT)
+            values = unsealed(values, required=False)
+            if values is None:
+                raise DataError(
+                    f"{file} has changed since it was written.",
+                    hint="prepare the shards again, or copy the whole folder",
+                )
             values["tokenizer"] = TokenizerFacts(**values["tokenizer"])
             values["source"] = SourceFacts(**values["source"])
             values["val_source"] = values["val_source"] and SourceFacts(**values["val_source"])

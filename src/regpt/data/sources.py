@@ -28,6 +28,7 @@ import xxhash
 
 from regpt.data.documents import DELIMITERS, PIECE_BYTES, Form, Fragment, Part, TextScan, cut_near, row_groups
 from regpt.errors import DataError, did_you_mean, missing_package
+from regpt.paths import user_path
 from regpt.tokenizers.download import cache_folder, fetch
 
 PART_BYTES = (
@@ -112,7 +113,7 @@ class Source:
     def fingerprint(self) -> str:
         """Hex; another one when the files change: their content, or above 256 MiB their sizes and times."""
         by_content = self.stored_bytes <= CONTENT_BYTES
-        digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}".encode())
+        digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}".encode("utf-8", "surrogateescape"))
         for f in self.files:
             digest.update(f"\0{f.label}\0{f.size}\0".encode("utf-8", "surrogateescape"))
             if by_content:
@@ -215,7 +216,7 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
     Raises:
         DataError: nothing is called so, or there is no file in it.
     """
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec == "shakespeare" and not path.exists():
         path = _shakespeare()
         return Source(spec, spec, (SourceFile.of(path, spec),))

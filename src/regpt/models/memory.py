@@ -27,6 +27,7 @@ ACTIVATION_BYTES = {"float32": 64, "bfloat16": 36, "float16": 36}
 # Of the modern model, every switch at its default: also queries and keys before and after their norm and rotation, and what
 # the stream was multiplied by. Switches that are off make it up to a quarter less.
 MODERN_ACTIVATION_BYTES = {"float32": 80, "bfloat16": 49, "float16": 49}
+STREAM_BYTES = 4  # of one channel between layers
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 SOFTCAP_BYTES = 8  # the hyperbolic tangent, and its gradient
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
@@ -50,7 +51,8 @@ class Memory:
     activations: int
     logits: int
     saving: int = 0
-    """The copy of weights and moments that a checkpoint is written from while training goes on; 0 on a GPU."""
+    """The copy of weights and moments that a checkpoint is written from, while training goes on or where they are in
+    shards; 0 on a GPU, whose copy lies in the host's memory."""
 
     @property
     def total(self) -> int:
@@ -88,8 +90,11 @@ def memory_estimate(
     n_micro: int = 1,
     optimizer: str = "adamw",
     saves_in_background: bool = False,
+    shards: int = 1,
+    exact_sums: bool = False,
+    checkpoint_activations: bool = False,
 ) -> Memory:
-    """The peak of one rank's process, in bytes.
+    """The peak of one rank's process, in bytes; of rank 0, which also writes the checkpoints.
 
     Args:
         micro_rows: rows of config.block_size in one forward pass.
@@ -97,9 +102,16 @@ def memory_estimate(
         n_micro: passes whose gradients are added up before an update.
         optimizer: adamw or muon.
         saves_in_background: checkpoints are written while training goes on.
+        shards: ranks that share one copy of weights, gradients and moments (FSDP2).
+        exact_sums: gradients of micro-batches are added up as a tree, which keeps a list for each of its levels.
+        checkpoint_activations: only the stream is kept between layers, and one layer at a time is computed again.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
-    activations = tokens * config.n_layer * saved_bytes_per_token(config, dtype, device_type)
+    layer = saved_bytes_per_token(config, dtype, device_type)
+    if checkpoint_activations:
+        activations = tokens * (config.n_layer * STREAM_BYTES * config.n_embd + layer)
+    else:
+        activations = tokens * config.n_layer * layer
     if dtype != "float32":
         activations += 2 * (n.multiplied + n.padding)  # autocast's copies of the weights
     capped = config.arch == "modern" and config.modern.softcap is not None
@@ -115,12 +127,17 @@ def memory_estimate(
     else:
         gradients = max(head, round(CPU_GRADIENTS * 4 * n.stored) - activations - logits)
     moments = 8 * n.stored - (4 * n.matrices if optimizer == "muon" else 0)
+    if exact_sums:
+        gradients = (1 + (n_micro - 1).bit_length()) * 4 * n.stored + head
+    gathered = 0
+    if shards > 1:  # what is not in layers, and two layers, one of them ahead of time
+        gathered = 4 * (n.stored - n.blocks) + 2 * 4 * n.blocks // config.n_layer
     return Memory(
         process=PROCESS_BYTES if device_type == "cpu" else 0,
-        weights=4 * n.stored,
-        gradients=gradients,
-        optimizer=moments,
+        weights=4 * n.stored // shards + gathered,
+        gradients=gradients // shards,
+        optimizer=moments // shards,
         activations=activations,
         logits=logits,
-        saving=4 * n.stored + moments if saves_in_background and device_type == "cpu" else 0,
+        saving=4 * n.stored + moments if device_type == "cpu" and (saves_in_background or shards > 1) else 0,
     )

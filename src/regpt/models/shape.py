@@ -8,6 +8,7 @@ from regpt.errors import ConfigError
 VALUE_GATE_CHANNELS = (
     12  # of the stream, which a head's gate of its value embedding reads; nanochat and modded-nanogpt
 )
+MOST_LAYERS = 10_000  # to build more modules than that takes minutes, and nobody means it
 BIGRAM_VOCAB = 1024  # up to which pairs of ids have a row each: a million rows
 
 
@@ -35,6 +36,10 @@ def check_shape(config: ModelConfig) -> None:
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         if getattr(config, name) < 1:
             raise ConfigError(f"model.{name} must be at least 1.", got=getattr(config, name))
+    if config.n_layer > MOST_LAYERS:
+        raise ConfigError(
+            "model.n_layer is too large.", got=config.n_layer, expected=f"at most {MOST_LAYERS:,}"
+        )
     if config.n_embd % config.n_head:
         raise ConfigError(
             f"model.n_embd={config.n_embd} is not a multiple of model.n_head={config.n_head}.",

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from regpt.errors import ConfigError, did_you_mean
+from regpt.paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_ENTRIES = 1 << 22  # of a tokenizer that is trained
 HEADER = "regpt-tokenizer.json"
 FORMAT = 1
 KINDS = ("gpt2", "chars", "bytes", "bpe")
@@ -62,6 +64,21 @@ class Tokenizer(Protocol):
         """Write what `load_tokenizer` needs into `folder`: JSON (and GPT-2's two text files) only."""
 
 
+def check_entries(vocab_size: int) -> None:
+    """Refuse a number of entries that no bpe tokenizer can be trained to.
+
+    Raises:
+        ConfigError: it has no room for the 256 bytes and `<|endoftext|>`, or is beyond all use.
+    """
+    if not 257 <= vocab_size <= MOST_ENTRIES:
+        size = "small" if vocab_size < 257 else "large"
+        raise ConfigError(
+            f"tokenizer.vocab_size is too {size} for a bpe tokenizer.",
+            got=f"{vocab_size:,}"[:24],
+            expected=f"257 or more: 256 bytes, {END_OF_TEXT}, and the merges; at most {MOST_ENTRIES:,}",
+        )
+
+
 def open_tokenizer(name: str, *, files: str | None = None) -> Tokenizer:
     """A tokenizer by name.
 
@@ -87,7 +104,7 @@ def open_tokenizer(name: str, *, files: str | None = None) -> Tokenizer:
             f"a {name} tokenizer is trained on a text, and none is given here.",
             expected=f"gpt2, bytes, {folder_too}",
         )
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         raise ConfigError(
             f"there is no tokenizer {name!r}.{did_you_mean(name, KINDS)}",

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from regpt.errors import ConfigError, DataError
-from regpt.tokenizers import END_OF_TEXT
+from regpt.errors import DataError
+from regpt.tokenizers import END_OF_TEXT, check_entries
 from regpt.tokenizers.base import well_formed
 from regpt.tokenizers.byte_pairs import BYTE_OF_CHAR, BytePairTokenizer, token_bytes
 from regpt.tokenizers.files import damaged, read_json
@@ -66,17 +66,12 @@ def train_bpe(
         progress: told the number of characters read so far.
 
     Raises:
-        ConfigError: vocab_size has no room for the 256 bytes and `<|endoftext|>`.
+        ConfigError: vocab_size is out of range (`check_entries`).
         DataError: there is no text.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise ConfigError(
-            "tokenizer.vocab_size is too small for a bpe tokenizer.",
-            got=vocab_size,
-            expected=f"257 or more: 256 bytes, {END_OF_TEXT}, and the merges",
-        )
+    check_entries(vocab_size)
     characters = 0
 
     def stream() -> Iterator[str]:

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from regpt.errors import DataError
+from regpt.paths import user_path
 from regpt.tokenizers.files import require_sha256, write_file
 
 TIMEOUT = 30
@@ -20,7 +21,7 @@ TIMEOUT = 30
 def cache_folder() -> Path:
     """Where downloads are kept: REGPT_CACHE, else XDG_CACHE_HOME/regpt, else ~/.cache/regpt."""
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("REGPT_CACHE") or f"{shared}/regpt").expanduser()
+    return user_path(os.environ.get("REGPT_CACHE") or f"{shared}/regpt")
 
 
 def kept(path: Path, sha256: str) -> bytes | None:

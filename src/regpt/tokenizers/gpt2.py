@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from regpt.paths import user_path
 from regpt.tokenizers.byte_pairs import BytePairTokenizer, token_bytes
 from regpt.tokenizers.download import cache_folder, fetch, kept
 from regpt.tokenizers.files import read_file, require_sha256
@@ -51,7 +52,7 @@ def open_gpt2(files: str | None = None) -> GPT2Tokenizer:
     TIKTOKEN_CACHE_DIR is set; regpt's; the network. Raises DataError naming the file or URL, and a way out.
     """
     if folder := files or os.environ.get(FOLDER_VARIABLE):
-        return load(Path(folder).expanduser())
+        return load(user_path(folder))
     return GPT2Tokenizer({name: _found(name) for name in SHA256})
 
 
@@ -67,7 +68,7 @@ def load(folder: Path) -> GPT2Tokenizer:
 def gpt2_is_here() -> bool:
     """Whether open_gpt2() would find both files, as published, on this machine. Touches no network."""
     if folder := os.environ.get(FOLDER_VARIABLE):
-        return all(kept(Path(folder).expanduser() / name, sha256) for name, sha256 in SHA256.items())
+        return all(kept(user_path(folder) / name, sha256) for name, sha256 in SHA256.items())
     return all(_kept(name) for name in SHA256)
 
 

@@ -32,7 +32,15 @@ import xxhash
 from torch import Tensor
 
 from regpt.errors import CheckpointError
-from regpt.train.durable import CHUNK_BYTES, make_folder, sync_folder, write_synced
+from regpt.train.durable import (
+    CHUNK_BYTES,
+    json_bytes,
+    make_folder,
+    sealed,
+    sync_folder,
+    unsealed,
+    write_synced,
+)
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -123,7 +131,7 @@ def save_checkpoint(
         require_space(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
         temporary.mkdir()
         files = {name: write_synced(temporary / name, _safetensors(group)) for name, group in tensors.items()}
-        files[STATE] = write_synced(temporary / STATE, [_json_bytes({"step": step, "state": state})])
+        files[STATE] = write_synced(temporary / STATE, [json_bytes({"step": step, "state": state})])
         write_synced(temporary / MANIFEST, [_manifest_bytes(step, files)])
         sync_folder(temporary)
         _publish(temporary, final)
@@ -154,15 +162,15 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
     is not hashed again. Returns what was deleted; raises SaveFailed where the disk does not let us.
     """
     keep = max(keep, 1)
-    found, removable, valid = list_checkpoints(folder), [], 0
-    for path in reversed(found):
-        if valid == keep and checkpoint_step(path) != best:
-            removable.append(path)
-        elif valid < keep < len(found):
-            valid += _is_valid(
-                path
-            )  # a damaged one that is this new stays: `newest_valid` sets it aside, aloud
+    removable: list[Path] = []
     try:
+        found, valid = list_checkpoints(folder), 0
+        for path in reversed(found):
+            if valid == keep and checkpoint_step(path) != best:
+                removable.append(path)
+            elif valid < keep < len(found):
+                # a damaged one that is this new stays: `newest_valid` sets it aside, aloud
+                valid += _is_valid(path)
         for path in reversed(removable):  # the oldest first
             trash = folder / f"{TRASH}{path.name}"
             _remove(trash)
@@ -180,7 +188,8 @@ def _publish(temporary: Path, final: Path) -> None:
     """Give a finished checkpoint its name. One that has the name steps aside for an instant: killed in it,
     `_clean_up` puts the old one back."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
-    if os.path.lexists(final):
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(final)  # not lexists, for which a disk that cannot be read means that there is nothing
         _remove(replaced)
         final.rename(replaced)
     try:
@@ -236,15 +245,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
             yield t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _json_bytes(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
 def _manifest_bytes(step: int, files: Mapping[str, tuple[int, str]]) -> bytes:
-    """The manifest; it also holds the hash of itself without that hash."""
+    """The manifest, with the hash of itself in it."""
     entries = {name: {"bytes": size, "xxh3_128": digest} for name, (size, digest) in files.items()}
-    document: dict[str, Any] = {"format": FORMAT, "step": step, "files": entries}
-    return _json_bytes(document | {"xxh3_128": xxhash.xxh3_128_hexdigest(_json_bytes(document))})
+    return json_bytes(sealed({"format": FORMAT, "step": step, "files": entries}))
 
 
 def _require_json(value: object, where: str) -> None:
@@ -383,9 +387,8 @@ def _read(path: Path, hashed: Container[str]) -> Checkpoint:
 def _read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     """The step and the files that the manifest promises. Only names that a checkpoint has come out of it."""
     file = path / MANIFEST
-    document = _parse_json(file)
-    digest = document.pop("xxh3_128", None)
-    if digest != xxhash.xxh3_128_hexdigest(_json_bytes(document)):
+    document = unsealed(_parse_json(file))
+    if document is None:
         raise DamagedCheckpoint(f"{file} has changed since it was written.")
     if document.get("format") != FORMAT:
         what = f"{file} has a format that this version of regpt does not read."

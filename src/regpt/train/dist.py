@@ -7,6 +7,7 @@ carries what lies on a CPU, NCCL what lies on a GPU. Every method here is a coll
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import json
@@ -14,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -23,12 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from regpt.errors import DeviceError, PeerFailed, RegptError
+from regpt.errors import PeerFailed, RegptError
 
 Result = TypeVar("Result")
 
 BEAT_S = 1.0  # every process says so often that it is alive,
 SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
+JOIN_S = 300.0  # processes are started together: the longest that one may take to load its libraries
+JOIN_POLL_S = 0.02
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
 OVER = "over"  # what a process leaves that has ended by itself
 PEER_EXIT = 4  # the exit status where another rank's silence ended us
@@ -133,7 +137,7 @@ def joined(kind: str) -> Iterator[Ranks]:
         kind: of device: cuda, cpu or mps.
 
     Raises:
-        DeviceError: the processes cannot find one another, or a peer was lost on the way (`PeerFailed`).
+        PeerFailed: the processes cannot find one another, or a peer was lost on the way.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
@@ -141,14 +145,17 @@ def joined(kind: str) -> Iterator[Ranks]:
         return
     timeout = datetime.timedelta(seconds=COLLECTIVE_S)
     try:
-        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        store, rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
+        store = _of_this_life(store, rank, world)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as e:
-        raise DeviceError(
+        raise PeerFailed(
             f"rank {os.environ['RANK']} of {world} does not find the others: {str(e).splitlines()[0]}",
             hint="the same --rdzv-endpoint on every node, and a network between them",
+            exit_status=PEER_EXIT,
         ) from e
+    never_free(dist.group.WORLD)
     ranks = Ranks(
         rank=rank,
         world=world,
@@ -180,6 +187,42 @@ def joined(kind: str) -> Iterator[Ranks]:
         if not (lost and kind == "cuda"):  # NCCL waits for a peer that will not come
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def never_free(group: object) -> None:
+    """Keep a process group until the process ends.
+
+    Gloo's destructor joins its threads while it holds Python's lock. A thread that is about to free the tensors of a
+    collective that just ended waits for that lock, and neither goes on: one end in thirty on a busy machine.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def _of_this_life(store: Any, rank: int, world: int) -> Any:
+    """The part of `store` that only the processes of this start use.
+
+    torchrun restarts processes on the store that it has, where those before them have left their addresses: whoever reads
+    one is refused. So rank 0 names the start, the others answer by name with a word of their own, and know that rank 0 is
+    not one of the past when it repeats that word.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("regpt/start", name)
+        words = [store.get(f"regpt/{name}/{other}").decode() for other in range(1, world)]
+        store.set(f"regpt/{name}/all", json.dumps(words))
+    else:
+        word, name, began = uuid.uuid4().hex, "", time.monotonic()
+        while True:
+            if time.monotonic() - began > JOIN_S:
+                raise RuntimeError(f"rank 0 has not answered for {JOIN_S:.0f} s")
+            name = store.get("regpt/start").decode()  # waits for the first start of all
+            store.set(f"regpt/{name}/{rank}", word)
+            everyone = f"regpt/{name}/all"
+            if store.check([everyone]) and word in json.loads(store.get(everyone)):
+                break
+            time.sleep(JOIN_POLL_S)
+    store.set_timeout(datetime.timedelta(seconds=COLLECTIVE_S))
+    return dist.PrefixStore(f"regpt/{name}", store)  # type: ignore[attr-defined]
 
 
 def _connection_lost(error: RuntimeError) -> bool:

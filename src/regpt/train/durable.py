@@ -1,18 +1,46 @@
-"""Files that survive a crash: written whole, hashed on the way, synced, and only then given their name; and locks."""
+"""Files that survive a crash: written whole, hashed on the way, synced, and only then given their name; seals; locks."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
+SEAL = "xxh3_128"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # what network file systems without locks say
 LOCK_BYTE = 1 << 30  # Windows lets nobody read a locked byte, so it lies far behind the text
 CHUNK_BYTES = 4 << 20  # hashed and written while it is in the processor's cache
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """`document` as the text of a file: sorted, so that equal documents are equal bytes. ValueError at NaN."""
+    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """`document` with the hash of its content in it."""
+    return {**document, SEAL: _seal(document)}
+
+
+def unsealed(document: Mapping[str, Any], *, required: bool = True) -> dict[str, Any] | None:
+    """What `sealed` was given; None where that is not what is there now.
+
+    Args:
+        required: False also takes a document that has no hash, of a version of regpt that wrote none.
+    """
+    inner = {key: value for key, value in document.items() if key != SEAL}
+    if not required and SEAL not in document:
+        return inner
+    return inner if document.get(SEAL) == _seal(inner) else None
+
+
+def _seal(document: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json_bytes(document))
 
 
 def write_synced(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:

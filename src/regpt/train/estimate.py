@@ -7,6 +7,7 @@ because no single rate describes a processor: a layer's products, attention and 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from regpt.config import Config, ModelConfig
 from regpt.models import build_model
 from regpt.models.count import flops_per_token
+from regpt.models.memory import memory_estimate
 from regpt.optim.groups import make_optimizer
 from regpt.train.machine import Machine, autocast
 from regpt.train.plan import Plan
@@ -26,7 +28,7 @@ TRIAL_S = 0.15  # spent on timing each model, once it is warm
 def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     """The plan with `time_s`: as it is where a data sheet gave it, measured elsewhere; at most a few seconds of work.
 
-    The generator's state is left as it was.
+    What the machine has no room for is not tried: its time stays unknown. The generator's state is left as it was.
     """
     if plan.time_s is not None:
         return plan
@@ -35,6 +37,12 @@ def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     while T > 64 and (T > TRIAL_TOKENS or T * _flops(two_layers, T, plan) > TRIAL_FLOPS):
         T //= 2
     rows = max(1, min(plan.micro_rows, TRIAL_TOKENS // T))
+    tried = dataclasses.replace(two_layers, block_size=T)
+    needed = memory_estimate(
+        tried, plan.vocab_size, micro_rows=rows, dtype=plan.dtype, device_type=machine.kind
+    )
+    if needed.total > (machine.memory_bytes or math.inf):
+        return plan
     with torch.random.fork_rng(devices=[]):
         one, two = (_pass_and_update_s(n, rows, T, plan, config, machine) for n in (1, 2))
     layers = config.model.n_layer - 1

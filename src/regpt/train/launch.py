@@ -13,6 +13,7 @@ from typing import Any
 from regpt.errors import ConfigError, PeerFailed
 from regpt.train.dist import PEER_EXIT
 
+MOST_PROCESSES = 1024  # on one machine
 SAVE_S = 600  # that processes have for saving after a signal, before torchrun ends them
 
 
@@ -22,8 +23,8 @@ def launch(nproc: int, words: list[str]) -> int:
     Raises:
         ConfigError: `nproc` is not a number of processes.
     """
-    if nproc < 1:
-        raise ConfigError("--nproc must be at least 1.", got=nproc)
+    if not 1 <= nproc <= MOST_PROCESSES:
+        raise ConfigError("--nproc is out of range.", got=nproc, expected=f"1 to {MOST_PROCESSES}")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -329,6 +329,14 @@ class Trainer:
         if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
         if policy == "skip":
+            if self.ranks.largest(
+                not all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())
+            ):
+                error.what = (
+                    f"weights are not finite at step {s.step}, so to leave updates out does not help."
+                )
+                error.hint = "--train.on-bad-step rollback goes back to the last checkpoint, which is finite"
+                raise error
             self.say(
                 "note", s.step, {"text": f"{error.what} Its rows are left out (train.on_bad_step=skip)."}
             )
@@ -361,11 +369,21 @@ class Trainer:
             raise error
         self.restore(found)
         s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
-        if self.ranks.main:
-            self.run_directory.rewind(s.step)
+        self.rewind()
         note(
             f"{error.what} Back to step {s.step}, and past the rows up to there (train.on_bad_step=rollback)."
         )
+
+    def rewind(self) -> None:
+        """Take the log back to this step: what is done from here is written anew."""
+        s = self.state
+        again = [
+            event
+            for event, done in (("eval", s.evaluated_step), ("sample", s.sampled_step))
+            if done != s.step  # the checkpoint is of before it, though the log may have it
+        ]
+        if self.ranks.main:
+            self.run_directory.rewind(s.step, again=again)
 
     def check_first_loss(self, loss: float) -> None:
         """A fresh model knows nothing, so its loss is ln(V); anything else is a fault worth a word."""
@@ -397,10 +415,9 @@ class Trainer:
         s, ranks = self.state, self.ranks
         self.settle()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
-        model, optimizer = whole(named.model_tensors(s.model)), whole(tensors)
+        model, optimizer = whole(named.model_tensors(s.model), ranks), whole(tensors, ranks)
         self.saved_step = s.step
         if ranks.main:
-            self.run_directory.sync()  # no step below the checkpoint may miss its line
             state = self.facts | {name: getattr(s, name) for name in COUNTERS}
             state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
             in_background = self.config.save.in_background and not required
@@ -409,7 +426,11 @@ class Trainer:
                     {k: t.detach().to("cpu", copy=True) for k, t in x.items()} for x in (model, optimizer)
                 )
             self._saving = _Saving(self.run_directory.checkpoints, s.step, model, optimizer, state)
-            self._saving.start(in_background, keep=self.config.save.keep, best=s.best_step)
+            try:
+                self.run_directory.sync()  # no step below the checkpoint may miss its line
+                self._saving.start(in_background, keep=self.config.save.keep, best=s.best_step)
+            except OSError as e:
+                self._saving.fail(e)
         if required or not self.config.save.in_background:
             self.settle(required=required)
 
@@ -428,6 +449,8 @@ class Trainer:
         elif saving:
             name = checkpoint.checkpoint_name(saving.step)
             self.say("save", saving.step, {"path": name, "save_s": saving.seconds})
+            if saving.left_behind:
+                self.say("note", saving.step, {"text": saving.left_behind})
 
     def restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Continue from a verified checkpoint, which only rank 0 reads; the others give None."""
@@ -556,6 +579,8 @@ class _Saving:
         state: dict[str, Any],
     ) -> None:
         self.folder, self.step, self.seconds = folder, step, 0.0
+        self.left_behind: str | None = None
+        """Why older checkpoints could not be deleted, if they could not."""
         self._model, self._optimizer, self._state = model, optimizer, state
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -567,6 +592,11 @@ class _Saving:
             return
         self._thread = threading.Thread(target=self._write, args=(keep, best), name="regpt-save")
         self._thread.start()
+
+    def fail(self, e: OSError) -> None:
+        """It is not begun, for the log before it could not be written."""
+        what = f"the checkpoint of step {self.step} could not be written, nor the log before it: {e.strerror or e}."
+        self._error = SaveFailed(what, self.folder, no_space=e.errno in checkpoint.DISK_FULL)
 
     def finish(self) -> SaveFailed | None:
         """Wait; what went wrong on the disk, if anything did."""
@@ -584,7 +614,10 @@ class _Saving:
             checkpoint.save_checkpoint(
                 self.folder, step=self.step, model=self._model, optimizer=self._optimizer, state=self._state
             )
-            checkpoint.prune(self.folder, keep=keep, best=best)
+            try:
+                checkpoint.prune(self.folder, keep=keep, best=best)
+            except SaveFailed as e:  # the next save tries again; this one is whole
+                self.left_behind = str(e)
         except Exception as e:  # raised again by `finish`, in the thread that trains
             self._error = e
         self.seconds = time.perf_counter() - began

@@ -20,6 +20,7 @@ from regpt.models import attention
 
 # Dense peak FLOP/s with bf16 or fp16 inputs, no sparsity; from the vendors' data sheets. Matched as
 # whole words of the device name, the first that fits.
+MOST_THREADS = 1024
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -74,13 +75,13 @@ def probe(device: str = "auto", threads: int | None = None, *, setting: str = "t
         DeviceError: the device is not here, naming what is.
         ConfigError: `device` or `threads` is not of the right form.
     """
-    if threads is not None and threads < 1:
-        raise ConfigError("train.threads must be at least 1.", got=threads)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError("train.threads is out of range.", got=threads, expected=f"1 to {MOST_THREADS}")
     name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda", "mps") or not re.fullmatch("[0-9]{0,4}", index):
         raise ConfigError(
             f"{setting} is not a device.", got=repr(device), expected="auto, cpu, cuda, cuda:N or mps"
         )

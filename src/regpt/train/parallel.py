@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from regpt.config import Config
-from regpt.train.dist import Ranks
+from regpt.train.dist import Ranks, never_free
 from regpt.train.plan import Plan
 
 BUCKET_BYTES = 25 << 20  # of gradients gathered at a time by the exact sum
@@ -117,6 +117,10 @@ class Gradients:
         """Forget a batch that was left in the middle."""
         self._losses, self._tree = [], TreeSum()
 
+    def local_parameters(self) -> list[Tensor]:
+        """What this rank holds of every parameter."""
+        return [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters]
+
     def _exact(self) -> None:
         local, self._tree = self._tree.result(), TreeSum()
         leaves = self.plan.n_micro * self.ranks.world
@@ -146,6 +150,8 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
         mesh = init_device_mesh(kind, (ranks.world,))
     else:
         mesh = init_device_mesh(kind, (ranks.world // group, group), mesh_dim_names=("replicate", "shard"))
+    for mesh_group in mesh.get_all_groups():
+        never_free(mesh_group)
     for block in cast(Iterable[nn.Module], model.h):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # `named_parameters` then always are the shards
@@ -153,9 +159,17 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
         register_fsdp_forward_method(model, method)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors put together, on every rank: all ranks call it. Others are given back as they are."""
-    return {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Sharded tensors put together on rank 0's host, one at a time, others as they are; nothing on the other ranks.
+
+    All ranks call it.
+    """
+    out = {}
+    for name, t in tensors.items():
+        full = t.full_tensor() if isinstance(t, DTensor) else t
+        if ranks.main:
+            out[name] = full.cpu() if isinstance(t, DTensor) else full
+    return out
 
 
 def spread(

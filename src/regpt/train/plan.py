@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from regpt.config import Config
+from regpt.config import Config, flat
 from regpt.errors import ConfigError
 from regpt.models import pad_vocab
 from regpt.models.count import count_parameters, flops_per_token
@@ -19,10 +19,12 @@ from regpt.models.memory import Memory, memory_estimate
 from regpt.models.shape import check_model
 from regpt.optim.groups import check_optimizer
 from regpt.optim.schedule import check_schedule
+from regpt.tokenizers import check_entries
 from regpt.train.machine import Machine, choose_dtype
 
 # Share of the data sheet's rate that plain PyTorch training reaches, as published for one H200.
 GPU_EFFICIENCY = 0.42
+LARGEST = 2**40  # of any whole number among the settings: sums with more leave what floats and int64 hold
 MEMORY_SHARE = 0.85  # of the device's memory that an automatic micro-batch may plan for
 CPU_MICRO_TOKENS = 16_384  # larger micro-batches are no faster on a CPU, they only need more memory
 
@@ -81,20 +83,8 @@ def make_plan(
     dtype = choose_dtype(config.train.dtype, machine, config.model)
     _check_ranks(config, world, dtype)
 
-    steps = config.train.steps
-
     def memory(micro_rows: int) -> Memory:
-        return memory_estimate(
-            config.model,
-            vocab_size,
-            micro_rows=micro_rows,
-            dtype=dtype,
-            device_type=machine.kind,
-            n_micro=rows // world // micro_rows,
-            optimizer=config.optim.name,
-            saves_in_background=config.save.in_background
-            and (config.save.every or config.eval.every or steps) < steps,
-        )
+        return _memory(config, machine, vocab_size, dtype, world, micro_rows)
 
     if config.train.reduction == "exact" and world > 1 and not config.train.micro_rows:
         raise ConfigError(
@@ -128,6 +118,26 @@ def make_plan(
     )
 
 
+def _memory(
+    config: Config, machine: Machine, vocab_size: int, dtype: str, world: int, micro_rows: int
+) -> Memory:
+    """What one rank needs with micro-batches of so many rows."""
+    t, save = config.train, config.save
+    return memory_estimate(
+        config.model,
+        vocab_size,
+        micro_rows=micro_rows,
+        dtype=dtype,
+        device_type=machine.kind,
+        n_micro=t.batch_tokens // config.model.block_size // world // micro_rows,
+        optimizer=config.optim.name,
+        saves_in_background=save.in_background and (save.every or config.eval.every or t.steps) < t.steps,
+        shards=(t.shard_group or world) if t.strategy == "fsdp" and world > 1 else 1,
+        exact_sums=t.reduction == "exact",
+        checkpoint_activations=t.checkpoint_activations,
+    )
+
+
 def _check(config: Config, vocab_size: int) -> None:
     positive = {
         "train.steps": config.train.steps,
@@ -147,6 +157,13 @@ def _check(config: Config, vocab_size: int) -> None:
         if value is not None and value < 1:
             hint = f"--{name.replace('_', '-')} none turns it off" if name in optional else None
             raise ConfigError(f"{name} must be at least 1.", got=value, hint=hint)
+    for name, value in flat(config).items():
+        if type(value) is int and abs(value) > LARGEST and name != "seed":
+            raise ConfigError(
+                f"{name} is too large.", got=f"{str(value)[:24]}…", expected=f"at most {LARGEST}"
+            )
+    if config.tokenizer.name == "bpe":
+        check_entries(config.tokenizer.vocab_size)
     check_model(config.model, vocab_size)
     check_optimizer(config.optim)
     check_schedule(config.optim, config.train.steps)
@@ -169,6 +186,11 @@ def _check(config: Config, vocab_size: int) -> None:
 def _check_ranks(config: Config, world: int, dtype: str) -> None:
     """What cannot be combined over several ranks."""
     t = config.train
+    if t.shard_group is not None and t.strategy != "fsdp":
+        raise ConfigError(
+            f"train.shard_group={t.shard_group} shards nothing with train.strategy=ddp.",
+            hint="--train.strategy fsdp",
+        )
     if world == 1:
         return
     if t.strategy == "fsdp" and t.reduction == "exact":
@@ -212,7 +234,8 @@ def _batch_rows(config: Config, world: int) -> int:
 def _largest_that_fits(rows: int, T: int, machine: Machine, memory: Callable[[int], Memory]) -> int:
     """The largest divisor of `rows` whose planned memory fits the device."""
     budget = machine.memory_bytes * MEMORY_SHARE
-    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    divisors = sorted({*small, *(rows // n for n in small)}, reverse=True)
     if machine.kind == "cpu":
         divisors = [n for n in divisors if n * T <= CPU_MICRO_TOKENS] or [1]
     return next((n for n in divisors if not budget or memory(n).total <= budget), 1)

@@ -18,13 +18,13 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from regpt import __version__
 from regpt.errors import CheckpointError
-from regpt.train.durable import lock_file, make_folder, replace_file, sync_folder
+from regpt.train.durable import SEAL, lock_file, make_folder, replace_file, sealed, sync_folder, unsealed
 
 FORMAT = 1
 OURS = {  # every name that may stand in a run before run.json does
@@ -75,8 +75,10 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What is already on its way says more than that the log's end could not be written either.
+        with contextlib.suppress(*([CheckpointError] if kind else [])):
+            self.close()
 
     @property
     def begun(self) -> bool:
@@ -87,8 +89,15 @@ class RunDirectory:
         """What `begin` wrote. Raises CheckpointError where that is missing or not ours."""
         try:
             document = json.loads(self.record.read_bytes())
+            if isinstance(document, dict):
+                document = unsealed(document, required=False)
         except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{self.record} cannot be read: {e}.") from None
+        if document is None:
+            raise CheckpointError(
+                f"{self.record} has changed since it was written.",
+                hint=f"put it back from a backup; where a person changed it on purpose, take its line {SEAL} out",
+            )
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CheckpointError(f"{self.record} is not the record of a run, of format {FORMAT}.")
         return document
@@ -111,7 +120,7 @@ class RunDirectory:
         versions |= {"regpt": __version__, "commit": _commit()}
         document = {"format": FORMAT, "sittings": [*sittings, now], **parts, "versions": versions}
         try:
-            replace_file(self.record, (json.dumps(_finite(document), indent=1) + "\n").encode())
+            replace_file(self.record, (json.dumps(sealed(_finite(document)), indent=1) + "\n").encode())
         except OSError as e:
             raise CheckpointError(f"{self.record} cannot be written: {e.strerror or e}.") from e
 
@@ -125,19 +134,22 @@ class RunDirectory:
         lines = self.samples if event == "sample" else self.lines
         lines.append({"event": event, "step": step, **values, **exact})
 
-    def rewind(self, step: int) -> None:
-        """Drop every line of a later step: training goes on from `step` and will write them again."""
+    def rewind(self, step: int, *, again: Container[str] = ()) -> None:
+        """Drop every line of a later step: training goes on from `step` and will write them again.
+
+        Args:
+            again: events of `step` itself that will be written again too.
+        """
         try:
-            self.lines.rewind(step)
-            self.samples.rewind(step)
+            self.lines.rewind(step, again)
+            self.samples.rewind(step, again)
         except OSError as e:
             raise CheckpointError(f"the log of {self.path} cannot be rewritten: {e.strerror or e}.") from e
 
     def sync(self) -> None:
-        """Make the log durable; before a checkpoint is saved, so that no step below it can miss its line."""
+        """Make the log durable, or OSError: before a checkpoint is saved, so that no step below it misses its line."""
         for lines in (self.lines, self.samples):
-            with contextlib.suppress(OSError):  # `close` will say it, if it is still so then
-                lines.flush(sync=True)
+            lines.flush(sync=True)
 
     def last_saved_step(self) -> int | None:
         """The last checkpoint that the log knows of."""
@@ -202,10 +214,14 @@ class JsonLines:
         """Every whole line, in order; what is not ours is passed over."""
         return (entry for _, entry in self._parsed())
 
-    def rewind(self, step: int) -> None:
-        """Drop the entries of later steps, and torn lines, in one instant."""
+    def rewind(self, step: int, again: Container[str] = ()) -> None:
+        """Drop the entries of later steps, those of `step` whose event is in `again`, and torn lines, in one instant."""
         self.close()
-        kept = b"".join(line for line, entry in self._parsed() if entry["step"] <= step)
+        kept = b"".join(
+            line
+            for line, entry in self._parsed()
+            if entry["step"] < step or (entry["step"] == step and entry.get("event") not in again)
+        )
         if self.path.exists() and kept != self.path.read_bytes():
             replace_file(self.path, kept)
 

@@ -21,6 +21,7 @@ from regpt.data.loader import Loader
 from regpt.data.shards import Shards
 from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
 from regpt.models import build_model
+from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
@@ -33,6 +34,7 @@ from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
 from regpt.train.track import check_trackers, make_trackers
 
+HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
 FIXED = (
     "seed",
@@ -75,7 +77,7 @@ def train(
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
-            return _train(config, Path(out).expanduser(), fresh, heard, machine, ranks)
+            return _train(config, user_path(out), fresh, heard, machine, ranks)
         except (Interrupted, TrainingDiverged) as e:
             e.told = not ranks.main  # it is the same on all
             raise
@@ -86,7 +88,9 @@ def _train(
 ) -> TrainResult:
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
-    ranks.together(lambda: make_plan(config, machine, vocab_size=1, world=ranks.world))
+    ranks.together(
+        lambda: _check_memory(make_plan(config, machine, vocab_size=1, world=ranks.world), machine)
+    )
     run = RunDirectory(out)
 
     def check() -> Path | None:
@@ -97,7 +101,9 @@ def _train(
         return None if fresh else _check_same_run(run, config, listen)
 
     kept = run.tokenizer if ranks.from_main(ranks.together(check) is not None) else None
-    tokenizer, shards = ranks.first_on_each_host(lambda: corpus(config, listen, kept_tokenizer=kept))
+    tokenizer, shards = ranks.first_on_each_host(
+        lambda: corpus(config, listen, kept_tokenizer=kept, verify=ranks.local_rank == 0)
+    )
     # A character that the tokenizer lacks is refused now, not at a sample.
     ranks.together(lambda: tokenizer.encode(config.sample.prompt))
     loader = ranks.together(
@@ -121,6 +127,7 @@ def _train(
             world=ranks.world,
         )
         ranks.together(lambda: _same_plan(plan, ranks))
+        ranks.together(lambda: _check_memory(plan, machine))
         plan = with_time(plan, config, machine)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
@@ -161,6 +168,18 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
             expected=", ".join(str(theirs[name]) for name in other),
             hint=f"the same settings everywhere, with --train.micro-rows {theirs['micro_rows']} "
             f"--train.dtype {theirs['dtype']}",
+        )
+
+
+def _check_memory(plan: Plan, machine: Machine) -> None:
+    """Refuse what is far from fitting: a system short of memory ends processes without a word. Less is a warning only."""
+    if machine.memory_bytes and plan.memory.total > HOPELESS * machine.memory_bytes:
+        raise DeviceError(
+            f"this model needs {plan.memory.total / 2**30:,.1f} GiB to train.",
+            got=f"{machine.name} with {machine.memory_bytes / 2**30:,.1f} GiB for each process",
+            hint="--train.micro-rows 1"
+            if plan.micro_rows > 1
+            else "a smaller model or context, --train.checkpoint-activations, or more memory",
         )
 
 
@@ -224,12 +243,12 @@ def _trainer(
     def begin() -> None:
         if before is not None:
             _say_what_breaks_bits(before, plan, machine, listen)
-            _rewind(run, trainer.state.step, listen)
+            _rewind(trainer, run, listen)
         if ranks.main:
             tokenizer.save(run.tokenizer)
-            text = {"text": text_identity(config)}
+            all_facts = facts | {"text": text_identity(config)}
             of_machine = dataclasses.asdict(machine)
-            run.begin(config=tracked, plan=as_dict(plan), facts=facts | text, machine=of_machine)
+            run.begin(config=tracked, plan=as_dict(plan), facts=all_facts, machine=of_machine)
 
     ranks.together(begin)
     return trainer
@@ -245,11 +264,12 @@ def _facts(config: Config, tokenizer: Tokenizer, shards: Shards) -> dict[str, An
     }
 
 
-def _rewind(run: RunDirectory, step: int, listen: Listener) -> None:
-    """Take the log back to `step`, from where the run goes on."""
+def _rewind(trainer: Trainer, run: RunDirectory, listen: Listener) -> None:
+    """Take the log back to the step from where the run goes on."""
+    step = trainer.state.step
     if step and not run.lines.path.exists():
         listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
-    run.rewind(step)
+    trainer.rewind()
     listen("resume", step, {"run": str(run.path)})
 
 
@@ -264,14 +284,17 @@ def _newest(
 
 def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, listen: Listener) -> None:
     """Exact resume holds for the same build, processor, threads, micro-batch and dtype: say aloud what changed."""
-    then, now = before["plan"] | before["machine"], as_dict(plan) | dataclasses.asdict(machine)
+    then, now = (
+        before.get("plan", {}) | before.get("machine", {}),
+        as_dict(plan) | dataclasses.asdict(machine),
+    )
     changed = [
         k for k in ("dtype", "micro_rows", "threads", "name", "device", "reduction") if then.get(k) != now[k]
     ]
     worlds = then.get("world", 1), now["world"]
     if worlds[0] != worlds[1] and plan.reduction != "exact":
         changed.append("world")
-    if before["versions"].get("torch") != str(torch.__version__):
+    if before.get("versions", {}).get("torch") != str(torch.__version__):
         changed.append("torch")
     if changed:
         text = f"{', '.join(changed)} changed since this run was begun: it goes on, but not to the same bits."
@@ -308,7 +331,7 @@ def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path
             f"{run.path} holds a run with other settings: {lines}.",
             hint="another --out, or --fresh to begin anew (the old run is moved aside)",
         )
-    then, now = run.read()["facts"].get("text", {}), text_identity(config)
+    then, now = run.read().get("facts", {}).get("text", {}), text_identity(config)
     if then.keys() == now.keys() and then != now:
         raise CheckpointError(
             f"the text changed since the run in {run.path} was begun: {', '.join(k for k in now if now[k] != then[k])}.",

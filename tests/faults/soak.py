@@ -1,0 +1,168 @@
+"""Hours of everything at once: runs that are killed, stopped, frozen, damaged and refused the disk, on changing worlds.
+
+    python tests/faults/soak.py --hours 6
+
+Every run must end, by the same command given again and again and nothing else, with the bits of one that nobody touched.
+The last line says how long it was, and how much of what it met; the exit status is 1 if a run differed or got stuck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
+from rank_child import said, start, statuses, train  # noqa: E402 (the path is set above)
+from runs import debris, exact, outcome  # noqa: E402
+
+from regpt.config import (  # noqa: E402
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    TokenizerConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+LIVES = 60  # more than any run of these needs
+FAULTS = ("kill", "kill", "signal", "planted", "frozen", "bit", "torn log", "full", "stale temporary")
+PLACES = (
+    "step",
+    "backward",
+    "update",
+    "evaluation",
+    "sample",
+    "save",
+    "writing",
+    "pruning",
+    "saved",
+    "start",
+)
+
+
+def main() -> int:
+    """Runs until the time is up."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    arguments.add_argument("--hours", type=float, default=6.0)
+    arguments.add_argument("--seed", type=int, default=0)
+    options = arguments.parse_args()
+    chance, met, runs = random.Random(options.seed), Counter[str](), 0
+    began = told = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="regpt-soak-") as folder:
+        os.chdir(folder)
+        Path("text.txt").write_text("".join(f"{i} little ducks went out one day. " for i in range(900)))
+        config = _config()
+        assert train(1, config, "whole") == [0], said("whole", 0)
+        expected = outcome("whole")
+        while (hours := (time.monotonic() - began) / 3600) < options.hours:
+            out = f"run-{runs}"
+            _one(config, out, chance, met)
+            runs += 1
+            if outcome(out) != expected or [n for n in debris(out) if not n.startswith("corrupt-")]:
+                kept = Path(
+                    shutil.copytree(out, Path(tempfile.gettempdir()) / f"soak-{out}", dirs_exist_ok=True)
+                )
+                print(f"{out} differs; it is kept in {kept}; {_table(met)}")
+                return 1
+            shutil.rmtree(out)
+            if time.monotonic() - told > 300:
+                told = time.monotonic()
+                print(f"{hours:.2f} h: {runs} runs equal to the bit; {_table(met)}", flush=True)
+    print(f"{hours:.2f} hours, {runs} of {runs} runs equal to the bit, no manual action: {_table(met)}")
+    return 0
+
+
+def _config() -> Config:
+    return exact(
+        Config(
+            data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
+            tokenizer=TokenizerConfig(name="bytes"),
+            model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
+            train=TrainConfig(batch_tokens=256, device="cpu", dtype="float32"),
+            optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+            eval=EvalConfig(every=10),
+            sample=SampleConfig(tokens=3),
+            track=TrackConfig(log_every=1),
+        ),
+        steps=40,
+    )
+
+
+def _one(config: Config, out: str, chance: random.Random, met: Counter[str]) -> None:
+    """One run, from its beginning to its end, whatever happens."""
+    for life in range(LIVES):
+        world = chance.choice((1, 1, 2, 4))
+        what = chance.choice(FAULTS) if life < LIVES // 2 else "none"
+        rank, step = chance.randrange(world), chance.randrange(40)
+        fault = None
+        if what == "signal":
+            fault = (
+                rank,
+                step,
+                f"{chance.choice(('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'))} in {chance.choice(PLACES)}",
+            )
+        elif what == "planted":
+            fault = (rank, step, f"SIGKILL in {chance.choice(PLACES)}")
+        elif what == "full":
+            fault = (0, step, "no space")
+        processes = start(world, config, out, fault)
+        if what in ("kill", "frozen"):
+            processes[0].join(chance.uniform(0.2, 2.5))
+            victim = processes[rank]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim.pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+            if what == "frozen":
+                processes[0].join(chance.uniform(0.1, 3.0))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim.pid, signal.SIGCONT)
+        ended = statuses(processes)
+        met[what] += 1
+        if ended == [0] * world:
+            return
+        allowed = {
+            0,
+            2,
+            4,
+            -signal.SIGKILL,
+            *(128 + s for s in (1, 2, 10, 15)),
+            *(-s for s in (1, 2, 10, 15)),
+        }
+        if not set(ended) <= allowed or (2 in ended and what != "full"):
+            raise SystemExit(f"{out}: {what} {fault}, statuses {ended}: {said(out, 0)}")
+        _damage(out, what, chance)
+    raise SystemExit(f"{out} did not end in {LIVES} lives: {said(out, 0)}")
+
+
+def _damage(out: str, what: str, chance: random.Random) -> None:
+    """What may befall files while nobody trains; a run recovers from it alone as long as one checkpoint is whole."""
+    saved = sorted((Path(out) / "checkpoints").glob("step-*"))
+    if what == "bit" and len(saved) > 1:
+        file = chance.choice(sorted(saved[-1].iterdir()))
+        data = bytearray(file.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+    elif what == "torn log" and (log := Path(out) / "log.jsonl").exists():
+        with open(log, "ab") as opened:
+            opened.write(b'{"event": "step", "st')
+    elif what == "stale temporary" and saved:
+        shutil.copytree(saved[-1], saved[-1].with_name(".tmp-step-000099-1"), dirs_exist_ok=True)
+
+
+def _table(met: Counter[str]) -> str:
+    return ", ".join(f"{what} {n}" for what, n in sorted(met.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
