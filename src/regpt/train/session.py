@@ -81,7 +81,9 @@ def _train(
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
     ranks.together(
-        lambda: _check_memory(make_plan(config, machine, vocab_size=1, world=ranks.world), machine)
+        lambda: _check_memory(
+            make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world), machine
+        )
     )
     run = RunDirectory(out)
 
@@ -109,20 +111,13 @@ def _train(
     )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
+        plan = _plan(config, machine, tokenizer.vocab_size, shards, ranks)
+        # Refused so far without a trace; a run that --fresh moves aside was left alone.
         opened = ranks.together(lambda: RunDirectory.open(run.path, fresh=fresh) if ranks.main else run)
         run = stack.enter_context(opened)
-        plan = make_plan(
-            config,
-            machine,
-            vocab_size=tokenizer.vocab_size,
-            train_tokens=shards.split("train").n_tokens,
-            world=ranks.world,
-        )
-        ranks.together(lambda: _same_plan(plan, ranks))
-        ranks.together(lambda: _check_memory(plan, machine))
-        plan = with_time(plan, config, machine)
-        listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
+            plan = with_time(plan, config, machine)
+            listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
             try:
                 trainer.run()
@@ -136,6 +131,15 @@ def _train(
                 hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
             ) from e
         return _result(trainer, run)
+
+
+def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ranks: Ranks) -> Plan:
+    """The plan on the text as it is, the same on all ranks, of a model that fits."""
+    train_tokens = shards.split("train").n_tokens
+    plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens, world=ranks.world)
+    ranks.together(lambda: _same_plan(plan, ranks))
+    ranks.together(lambda: _check_memory(plan, machine))
+    return plan
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -163,14 +167,22 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
         )
 
 
+def _least_vocabulary(config: Config) -> int:
+    """Of the tokenizer, as far as it is known before the text is read."""
+    return {"gpt2": 50257, "bytes": 257, "bpe": 257}.get(config.tokenizer.name, 1)
+
+
 def _check_memory(plan: Plan, machine: Machine) -> None:
     """Refuse what is far from fitting: a system short of memory ends processes without a word. Less is a warning only."""
-    if machine.memory_bytes and plan.memory.total > HOPELESS * machine.memory_bytes:
+    m = plan.memory
+    needed = m.total - m.saving  # which rank 0 alone needs, and not all the time
+    if machine.memory_bytes and needed > HOPELESS * machine.memory_bytes:
+        smaller = plan.micro_rows > 1 and m.activations + m.logits > needed / 2
         raise DeviceError(
-            f"this model needs {plan.memory.total / 2**30:,.1f} GiB to train.",
+            f"this model needs {needed / 2**30:,.1f} GiB to train.",
             got=f"{machine.name} with {machine.memory_bytes / 2**30:,.1f} GiB for each process",
             hint="--train.micro-rows 1"
-            if plan.micro_rows > 1
+            if smaller
             else "a smaller model or context, --train.checkpoint-activations, or more memory",
         )
 
