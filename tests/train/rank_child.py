@@ -112,8 +112,8 @@ def plant(fault: Fault, rows_to: str) -> None:
 
     what: a signal, by its name: at the beginning of the step; "SIGTERM in evaluation": in one of `_places`; "SIGTERM
     twice …": a second one on its heels. "nan loss", "inf gradient", "-inf weight", "nan input"; "always nan loss": in
-    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every batch go to a file; "record
-    rows, then SIGKILL in save".
+    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every
+    batch go to a file; "record rows, then SIGKILL in save".
     """
     _, at, what = fault
     if what.startswith("record rows"):
