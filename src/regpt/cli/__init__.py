@@ -71,6 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def entry() -> None:
+    """The `regpt` of the shell: `main`, and the end of the process."""
+    status = main()
+    if "torch.distributed.elastic" in sys.modules or os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of Gloo and torchrun that are still in C++ end Python's shutdown with an abort, or hold it up.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _run(words: list[str]) -> int:
     try:
         return _dispatch(words)

@@ -12,6 +12,8 @@ import datetime
 import faulthandler
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ Result = TypeVar("Result")
 
 BEAT_S = 1.0  # every process says so often that it is alive,
 SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
+LAUNCHER = "REGPT_LAUNCHER"  # the process of `regpt train --nproc`, where that started us
 JOIN_S = 300.0  # processes are started together: the longest that one may take to load its libraries
 JOIN_POLL_S = 0.02
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
@@ -145,6 +148,7 @@ def joined(kind: str) -> Iterator[Ranks]:
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
+    stop_watching_parent = _leave_with_the_parent()
     try:
         store, rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
         ranks = Ranks(
@@ -154,8 +158,10 @@ def joined(kind: str) -> Iterator[Ranks]:
             store=_of_this_life(store, rank, world),
         )
     except ValueError as e:  # what torchrun says in the environment is not what torchrun says
+        stop_watching_parent()
         raise ConfigError(f"rank {os.environ['RANK']} of {world} was not started by torchrun: {e}") from e
     except RuntimeError as e:
+        stop_watching_parent()
         raise _lost(Ranks(rank=int(os.environ["RANK"]), world=world, doing="joining"), e) from e
     orderly = False
     with _watched(ranks):
@@ -164,6 +170,7 @@ def joined(kind: str) -> Iterator[Ranks]:
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, store=ranks.store, rank=rank, world_size=world, timeout=timeout)
             never_free(dist.group.WORLD)
+            stop_watching_parent()
             yield ranks
             dist.barrier()  # whoever has more to close is still heard
             orderly = True
@@ -180,6 +187,22 @@ def joined(kind: str) -> Iterator[Ranks]:
             ):  # NCCL waits for a peer that will not come
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
+
+
+def _leave_with_the_parent() -> Callable[[], None]:
+    """Until what is returned is called: leave if the process that started us is gone. Whoever is left behind before it
+    has joined would ask a rendezvous that nobody answers; afterwards the heartbeat notices."""
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(BEAT_S):
+            if os.getppid() != parent:
+                sys.stderr.write("PeerFailed: the process that started this one is gone.\n")
+                os._exit(PEER_EXIT)
+
+    threading.Thread(target=watch, name="regpt-parent", daemon=True).start()
+    return over.set
 
 
 def _lost(ranks: Ranks, error: RuntimeError) -> PeerFailed:
@@ -270,6 +293,7 @@ def _watched(ranks: Ranks) -> Iterator[None]:
 def _watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
     """Say every BEAT_S that we are alive, and look who else is."""
     store = ranks.store.clone()
+    store.set(f"regpt/process/{ranks.rank}", json.dumps([socket.gethostname(), os.getpid()]))
     last = {other: ("", time.monotonic()) for other in range(ranks.world) if other != ranks.rank}
     count = 0
     while not over.wait(BEAT_S):
@@ -282,10 +306,21 @@ def _watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
                 if now == OVER or now != beat:
                     last[other] = (now, time.monotonic())
                 elif time.monotonic() - since > SILENT_S:
+                    _end(store, other)
                     _give_up(ranks, other, beat.partition(" ")[2] or "starting")
         except RuntimeError:  # the store went with the process or the agent that held it
             return
         round_s[0] = time.monotonic()
+
+
+def _end(store: Any, other: int) -> None:
+    """Kill a silent process of this host: frozen, it would not hear torchrun's request to end, and hold up the rest."""
+    key = f"regpt/process/{other}"
+    if store.check([key]):
+        host, pid = json.loads(store.get(key))
+        if host == socket.gethostname():
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 def _watch_the_watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:

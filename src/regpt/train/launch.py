@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import ConfigError, PeerFailed
-from regpt.train.dist import PEER_EXIT
+from regpt.train.dist import LAUNCHER, PEER_EXIT
 
 MOST_PROCESSES = 1024  # on one machine
 STATUS_FOLDER = (
@@ -57,7 +57,7 @@ def launch(nproc: int, words: list[str]) -> int:
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
     logging.disable(logging.ERROR)  # our processes say what is wrong
     folder = tempfile.mkdtemp(prefix="regpt-")
-    os.environ[STATUS_FOLDER] = folder
+    os.environ |= {STATUS_FOLDER: folder, LAUNCHER: str(os.getpid())}
     try:
         elastic_launch(config, sys.executable)("-m", "regpt", *words)
     except SignalException as e:
@@ -77,7 +77,7 @@ def launch(nproc: int, words: list[str]) -> int:
         return max(said - {PEER_EXIT} or said)  # what began it, not what followed from it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        del os.environ[STATUS_FOLDER]
+        del os.environ[STATUS_FOLDER], os.environ[LAUNCHER]
         logging.disable(logging.NOTSET)
         for name, handler in before.items():  # torchrun leaves its own
             signal.signal(getattr(signal, name), handler)

@@ -19,7 +19,14 @@ from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
-from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
+from regpt.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    Interrupted,
+    RegptError,
+    TrainingDiverged,
+)
 from regpt.models.gpt2 import GPT2
 from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
@@ -65,7 +72,11 @@ def train(
         RegptError: whatever is wrong, as one message; Interrupted after a signal, TrainingDiverged on a non-finite loss.
     """
     keep_memory()
-    machine = probe(config.train.device, config.train.threads)
+    try:
+        machine = probe(config.train.device, config.train.threads)
+    except RegptError as e:
+        e.told = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of each host says it
+        raise
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
@@ -337,8 +348,11 @@ def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path
         )
     then, now = run.read().get("facts", {}).get("text", {}), text_identity(config)
     if then.keys() == now.keys() and then != now:
+        other = [name for name in now if now[name] != then[name]]
         raise CheckpointError(
-            f"the text changed since the run in {run.path} was begun: {', '.join(k for k in now if now[k] != then[k])}.",
+            f"the text changed since the run in {run.path} was begun: {', '.join(other)}.",
+            got=", ".join(f"{name} {now[name]}" for name in other),
+            expected=", ".join(f"{name} {then[name]}" for name in other),
             hint="give the text it was begun with, another --out, or --fresh",
         )
     for name, (old, new) in changed.items():
