@@ -1,8 +1,6 @@
 """`python -m regpt` is `regpt`."""
 
-import sys
-
-from regpt.cli import main
+from regpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -33,6 +33,8 @@ class RegptError(Exception):
     exit_status = 2
     told = False
     """Another process of the same run says it, so this one need not."""
+    shared = False
+    """Every process of the run ends for the same reason: none is missed by the others."""
 
     def __init__(
         self, what: str, *, got: object = None, expected: object = None, hint: str | None = None
@@ -72,9 +74,10 @@ class DeviceError(RegptError):
 
 
 class TrainingDiverged(RegptError):
-    """A loss or a gradient is not finite; the update was not applied."""
+    """A loss, a gradient or a weight is not finite; no update was made with it, and no checkpoint."""
 
     exit_status = 3
+    shared = True
 
 
 class PeerFailed(RegptError):
@@ -87,6 +90,8 @@ class PeerFailed(RegptError):
 
 class Interrupted(RegptError):
     """A signal stopped the work after everything was saved."""
+
+    shared = True
 
     def __init__(self, what: str, *, signum: int = signal.SIGINT, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)

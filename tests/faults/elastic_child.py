@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import rank_child
 
-from regpt.cli import main
+from regpt.cli import entry
 
 DEATHS = [(1, 3), (0, 6)]  # rank and step of each life's end
 
@@ -19,4 +19,5 @@ if __name__ == "__main__":
     deaths, *words = sys.argv[1:]
     if life < int(deaths) and DEATHS[life][0] == rank:
         rank_child.plant((rank, DEATHS[life][1], "SIGKILL"), "rows")
-    sys.exit(main(words))
+    sys.argv[1:] = words
+    entry()

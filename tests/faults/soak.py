@@ -38,6 +38,7 @@ from regpt.config import (  # noqa: E402
 
 LIVES = 60  # more than any run of these needs
 FAULTS = ("kill", "kill", "signal", "planted", "frozen", "bit", "torn log", "full", "stale temporary")
+DAMAGE = ("bit", "torn log", "stale temporary")
 PLACES = (
     "step",
     "backward",
@@ -108,12 +109,9 @@ def _one(config: Config, out: str, chance: random.Random, met: Counter[str]) -> 
         rank, step = chance.randrange(world), chance.randrange(40)
         fault = None
         if what == "signal":
-            fault = (
-                rank,
-                step,
-                f"{chance.choice(('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'))} in {chance.choice(PLACES)}",
-            )
-        elif what == "planted":
+            name = chance.choice(("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"))
+            fault = (rank, step, f"{name} in {chance.choice(PLACES)}")
+        elif what == "planted" or what in DAMAGE:  # damage befalls what a dead process left
             fault = (rank, step, f"SIGKILL in {chance.choice(PLACES)}")
         elif what == "full":
             fault = (0, step, "no space")
@@ -123,13 +121,15 @@ def _one(config: Config, out: str, chance: random.Random, met: Counter[str]) -> 
             victim = processes[rank]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim.pid, signal.SIGKILL if what == "kill" else signal.SIGSTOP)
-            if what == "frozen":
-                processes[0].join(chance.uniform(0.1, 3.0))
+            if what == "frozen":  # now and then so long that the others give it up
+                for process in processes[:rank] + processes[rank + 1 :]:
+                    process.join(chance.choice((0.5, 2.0, 40.0)) if world > 1 else 0)
+                    break
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim.pid, signal.SIGCONT)
         ended = statuses(processes)
-        met[what] += 1
         if ended == [0] * world:
+            met["full" if what == "full" else "nothing"] += 1  # what was planted was never come to
             return
         allowed = {
             0,
@@ -141,12 +141,17 @@ def _one(config: Config, out: str, chance: random.Random, met: Counter[str]) -> 
         }
         if not set(ended) <= allowed or (2 in ended and what != "full"):
             raise SystemExit(f"{out}: {what} {fault}, statuses {ended}: {said(out, 0)}")
-        _damage(out, what, chance)
+        met[what] += 1
+        if what in DAMAGE and not _damage(out, what, chance):
+            met[what] -= 1
     raise SystemExit(f"{out} did not end in {LIVES} lives: {said(out, 0)}")
 
 
-def _damage(out: str, what: str, chance: random.Random) -> None:
-    """What may befall files while nobody trains; a run recovers from it alone as long as one checkpoint is whole."""
+def _damage(out: str, what: str, chance: random.Random) -> bool:
+    """What may befall files while nobody trains; a run recovers from it alone as long as one checkpoint is whole.
+
+    False: there was nothing yet to be damaged.
+    """
     saved = sorted((Path(out) / "checkpoints").glob("step-*"))
     if what == "bit" and len(saved) > 1:
         file = chance.choice(sorted(saved[-1].iterdir()))
@@ -158,6 +163,9 @@ def _damage(out: str, what: str, chance: random.Random) -> None:
             opened.write(b'{"event": "step", "st')
     elif what == "stale temporary" and saved:
         shutil.copytree(saved[-1], saved[-1].with_name(".tmp-step-000099-1"), dirs_exist_ok=True)
+    else:
+        return False
+    return True
 
 
 def _table(met: Counter[str]) -> str:

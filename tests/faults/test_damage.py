@@ -380,8 +380,8 @@ def damaged_records(run: Path, n: int) -> Iterator[str]:
 def test_a_damaged_record_never_gives_a_traceback(
     run: Path, config: Config, capsys: pytest.CaptureFixture[str], n: int
 ) -> None:
-    """run.json and log.jsonl have no checksum: what cannot be read is said or passed over, and no weight changes."""
-    counts = Counter[str]()
+    """run.json that changed is refused; lines of a log that cannot be read are passed over; no weight changes."""
+    counts, written = Counter[str](), json.loads((run / "run.json").read_text())
     for what in damaged_records(run, n):
         status = main(["inspect", "copy", "--json"])
         said = capsys.readouterr()
@@ -389,7 +389,9 @@ def test_a_damaged_record_never_gives_a_traceback(
         assert isinstance(json.loads(said.out), dict) and "Traceback" not in said.err, what
         kind = re.sub("^case [0-9]+, ", "", what).rpartition(" of ")[2]
         try:
+            unchanged = _json(Path("copy/run.json").read_bytes()) == written
             session.train(config, "copy")
+            assert kind != "run.json" or unchanged, f"{what}: it was not noticed"
             counts[f"{kind} gone on"] += 1
         except (CheckpointError, ConfigError) as e:
             assert kind == "run.json" and "copy" in str(e), what  # the run is named

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from runs import debris, entries, outcome, steps
 
@@ -39,6 +41,40 @@ def torchrun(deaths: int, out: str, rendezvous: list[str], *more: str) -> subpro
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [2.5, 3.5, 4.5, 9.0])
+def test_a_launcher_that_is_killed_leaves_no_orphans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_s: float
+) -> None:
+    """While its processes start, join, or train."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("".join(f"{i} little ducks went out one day. " for i in range(600)))
+    words = [
+        sys.executable,
+        "-m",
+        "regpt",
+        "train",
+        "demo",
+        "--nproc",
+        "2",
+        "--out",
+        "run",
+        *SETTINGS.split(),
+    ]
+    launcher = subprocess.Popen(
+        [*words, "--train.steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launcher.wait(after_s)
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    for process in alive:
+        process.kill()
+    assert alive == []
 
 
 @pytest.mark.parametrize(

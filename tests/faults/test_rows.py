@@ -11,14 +11,13 @@ import json
 import random
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_child import said, start
+from rank_child import said, start, statuses
 from runs import exact
 
 from regpt.config import Config, EvalConfig, SampleConfig, SaveConfig
@@ -46,25 +45,16 @@ def test_each_row_exactly_once_an_epoch(tiny_run: Config, world: int, kills: int
     steps = -(-EPOCHS * windows // 8)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
-    chance, done, whole_s = random.Random(kills + world), 0, 0.5
-    for life in range(1000):
-        processes = start(world, config, "run", (None, 0, "record rows"))
-        began = time.monotonic()
-        processes[0].join(chance.uniform(0.3, 1.0) * whole_s if done < kills else 90)
-        for process in processes:
-            process.kill()
-            process.join()
-        if processes[0].exitcode == 0:
-            if done >= kills:
-                break
-            Path("run").rename(f"early-{life}")  # it was faster than the kill: begin again
-            for rank in range(world):
-                Path(f"run.rows-{rank}").unlink()
-        else:
-            assert processes[0].exitcode in (-signal.SIGKILL, 4), said("run", 0)
-            done += 1
-        whole_s = max(whole_s, time.monotonic() - began)
-    assert done >= kills
+    # Each life ends a few steps on, in the middle of something; the last one is let alone.
+    chance = random.Random(kills + world)
+    ends = sorted(chance.sample(range(1, steps - 3), kills))
+    for end in ends:
+        where = chance.choice(("step", "backward", "update", "save", "writing", "saved"))
+        ended = statuses(start(world, config, "run", (None, end, f"record rows, then SIGKILL in {where}")))
+        assert -signal.SIGKILL in ended and set(ended) <= {-signal.SIGKILL, 4}, said("run", 0)
+    assert statuses(start(world, config, "run", (None, 0, "record rows"))) == [0] * world, said("run", 0)
+    begins = {steps[0] for rank in range(world) for steps in sittings(Path(f"run.rows-{rank}")) if steps}
+    assert len(begins) > kills / 4, "lives began nearly all at the same step"
 
     seen = effective_rows([Path(f"run.rows-{rank}") for rank in range(world)])
     assert sorted(seen) == list(range(steps))
@@ -75,12 +65,23 @@ def test_each_row_exactly_once_an_epoch(tiny_run: Config, world: int, kills: int
     for epoch in range(EPOCHS):
         starts = [place[tuple(row)] for row in rows[epoch * windows : (epoch + 1) * windows]]
         inputs = Counter((start + j) % len(ids) for start in starts for j in range(block))
-        overlap = windows * block - len(
-            ids
-        )  # where the block size does not divide the split, one window overlaps
+        # Where the block size does not divide the split, one window overlaps another.
+        overlap = windows * block - len(ids)
         assert len(inputs) == len(ids), f"epoch {epoch}: {len(ids) - len(inputs)} tokens missed"
         assert sum(n - 1 for n in inputs.values()) == overlap, f"epoch {epoch}: tokens doubled"
-    print(f"{done} kills, {EPOCHS} epochs of {windows} rows on {world} ranks: each once")
+    print(f"{kills} kills, {EPOCHS} epochs of {windows} rows on {world} ranks: each once")
+
+
+def sittings(file: Path) -> list[list[int]]:
+    """The steps of each process that wrote into the file."""
+    found: list[list[int]] = []
+    for line in file.read_text().splitlines():
+        entry = json.loads(line)
+        if entry == "begin":
+            found.append([])
+        else:
+            found[-1].append(entry["step"])
+    return found
 
 
 def effective_rows(files: Sequence[Path]) -> dict[int, list[list[int]]]:

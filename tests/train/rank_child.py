@@ -112,13 +112,19 @@ def plant(fault: Fault, rows_to: str) -> None:
 
     what: a signal, by its name: at the beginning of the step; "SIGTERM in evaluation": in one of `_places`; "SIGTERM
     twice …": a second one on its heels. "nan loss", "inf gradient", "-inf weight", "nan input"; "always nan loss": in
-    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every batch go to a file.
+    every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every
+    batch go to a file; "record rows, then SIGKILL in save".
     """
     _, at, what = fault
-    if what == "record rows":
-        return _record_rows(rows_to)
+    if what.startswith("record rows"):
+        _record_rows(rows_to)
+        what = what.removeprefix("record rows").removeprefix(", then ")
+        if not what:
+            return
     if what == "no space":
         return _fill(at)
+    if what == "no space for the end of the log":
+        return _fill_at_the_end()
     name, _, place = what.partition(" in ")
     name, _, again = name.partition(" ")
     if name not in signal.Signals.__members__:
@@ -200,6 +206,7 @@ def _spoil(at: int, what: str) -> None:
     from regpt.train.loop import Trainer
     from regpt.train.parallel import Gradients
 
+    what, _, later = what.partition(" after ")
     *always, number, place = what.split()
     bad = float(number)
 
@@ -237,6 +244,8 @@ def _spoil(at: int, what: str) -> None:
 
         Trainer.seed_dropout = every  # type: ignore[method-assign]
         return
+    if later:  # the update
+        return _once(Trainer, "update", at, spoil_weight, first=False)
     act: Any = {"loss": spoil_loss, "input": spoil_input, "weight": spoil_weight, "gradient": spoil_gradient}
     _once(*((Gradients, "after") if place == "gradient" else (Trainer, "train_step")), at, act[place])
 
@@ -256,6 +265,17 @@ def _fill(at: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     _once(checkpoint, "write_synced", at, full)
+
+
+def _fill_at_the_end() -> None:
+    """The disk is full when the log is closed."""
+    from regpt.errors import CheckpointError
+    from regpt.train.run import RunDirectory
+
+    def close(self: RunDirectory) -> None:
+        raise CheckpointError(f"the end of {self.lines.path} could not be written: No space left on device.")
+
+    RunDirectory.close = close  # type: ignore[method-assign]
 
 
 def _record_rows(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
+from regpt.cli import main
 from regpt.errors import ConfigError, PeerFailed
 from regpt.train.launch import launch
 
@@ -67,6 +69,23 @@ def test_a_killed_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_to_the_launcher_is_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     ended(monkeypatch, SignalException("stopped", signal.SIGTERM))
     assert launch(2, ["train"]) == 143
+
+
+def test_a_save_that_fails_after_the_signal_is_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun says nothing of how its processes ended, so each leaves a word."""
+
+    def elastic_launch(*_: Any) -> Any:
+        def run(*_: str) -> None:
+            for rank in "01":
+                monkeypatch.setenv("RANK", rank)
+                assert main(["no such command"]) == 2
+            raise SignalException("stopped", signal.SIGTERM)
+
+        return run
+
+    monkeypatch.setattr(api, "elastic_launch", elastic_launch)
+    assert launch(2, ["train"]) == 2
+    assert "REGPT_STATUS_FOLDER" not in os.environ
 
 
 def test_under_nohup_a_lost_terminal_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

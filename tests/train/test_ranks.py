@@ -152,6 +152,18 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(config: Config) -> No
 
 
 @pytest.mark.slow
+def test_frozen_with_the_store_rank_0_is_missed_too(config: Config) -> None:
+    """Without torchrun the store lives in rank 0's process: whoever asks it waits, so another thread looks at the clock."""
+    processes = start(2, config, "run", (0, 5, "SIGSTOP"))
+    processes[1].join(60)
+    os.kill(processes[0].pid, signal.SIGCONT)
+    assert statuses(processes)[1] == 4
+    assert "the rendezvous store has been silent for 20 s" in said("run", 1) and "train_step" in said(
+        "run", 1
+    )
+
+
+@pytest.mark.slow
 def test_a_frozen_rank_is_named_within_half_a_minute(config: Config) -> None:
     """SIGSTOP: the process is there and answers nothing."""
     processes = start(2, config, "run", (1, 5, "SIGSTOP"))
@@ -186,6 +198,36 @@ def test_policies_are_the_same_on_all_ranks(config: Config, policy: str) -> None
     assert any(f"train.on_bad_step={policy}" in text for text in notes)
     steps = [e["step"] for e in log("two", "step")]
     assert steps == ([1, 2, 3, 4, 5, 7, 8] if policy == "skip" else [1, 2, 3, 4, 5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_weights_that_are_not_finite_are_not_saved(config: Config, policy: str) -> None:
+    """An update may spoil what a finite gradient does not show; the last checkpoint stays good, and the run goes on."""
+    config = with_train(config, reduction="exact", on_bad_step=policy)
+    config = dataclasses.replace(config, save=SaveConfig(every=2))
+    ended = train(2, config, "run", (1, 5, "nan weight after the update"))
+    note = said("run", 0)
+    if policy == "stop":
+        assert ended == [3, 3] and "weights are not finite at step 6; they were not saved" in note
+        assert "the last checkpoint is of step 4" in note and not Path("run/checkpoints/step-000006").exists()
+        assert train(2, config, "run") == [0, 0]
+        session.train(config, "one")
+        assert (curve("run"), tensors("run")) == (curve("one"), tensors("one"))
+    else:
+        assert ended == [0, 0], note
+        assert any("Back to step 4" in e["text"] for e in log("run", "note"))
+
+
+def test_a_peer_that_ends_alone_is_missed(config: Config) -> None:
+    """What only one rank meets, at its very end, and others wait for it: no raw error, no fault of ours."""
+    assert train(2, config, "run", (0, 0, "no space for the end of the log")) == [2, 4], said("run", 1)
+    assert "the end of" in said("run", 0) and "PeerFailed" in said("run", 1)
+
+
+def test_a_full_disk_is_said_once(config: Config) -> None:
+    """Of the save that must not fail."""
+    assert train(2, config, "run", (0, 8, "no space")) == [2, 2]
+    assert "No space left" in said("run", 0) and said("run", 1) == ""
 
 
 def test_a_mistake_is_said_once(config: Config) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from regpt import __version__
@@ -61,14 +62,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     notes = cast(TextIO, _Notes(sys.stderr or io.StringIO()))  # None where the shell closed it: 2>&-
     with contextlib.redirect_stderr(notes):
-        try:
-            return _dispatch(words)
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, BrokenPipeError) and _reader_gone():
-                return 0
-            if "--debug" in words:
-                traceback.print_exc()
-            return _report(error, "--json" in words)
+        status = _run(words)
+    if folder := os.environ.get(
+        "REGPT_STATUS_FOLDER"
+    ):  # of train/launch.py, which is not imported for a plain command
+        with contextlib.suppress(OSError):
+            (Path(folder) / os.environ.get("RANK", "0")).write_text(str(status))
+    return status
+
+
+def entry() -> None:
+    """The `regpt` of the shell: `main`, and the end of the process."""
+    status = main()
+    if "torch.distributed.elastic" in sys.modules or os.environ.get("WORLD_SIZE", "1") != "1":
+        # Threads of Gloo and torchrun that are still in C++ end Python's shutdown with an abort, or hold it up.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run(words: list[str]) -> int:
+    try:
+        return _dispatch(words)
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 0
+        if "--debug" in words:
+            traceback.print_exc()
+        return _report(error, "--json" in words)
 
 
 def _report(error: BaseException, as_json: bool) -> int:

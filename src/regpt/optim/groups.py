@@ -178,9 +178,10 @@ def check_adamw(config: OptimConfig) -> None:
     for name in ("beta1", "beta2"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ConfigError(f"optim.{name} must lie in [0, 1).", got=getattr(config, name))
-    for name, value in (("eps", config.eps), ("weight_decay", config.weight_decay)):
-        if not value >= 0.0:
-            raise ConfigError(f"optim.{name} must not be negative.", got=value)
+    if not config.eps > 0.0:  # a gradient that is 0 would be divided by 0
+        raise ConfigError("optim.eps must be above 0.", got=config.eps)
+    if not config.weight_decay >= 0.0:
+        raise ConfigError("optim.weight_decay must not be negative.", got=config.weight_decay)
     if config.clip_norm is not None and not config.clip_norm > 0.0:
         raise ConfigError(
             "optim.clip_norm must be above 0.", got=config.clip_norm, hint="--optim.clip-norm none"

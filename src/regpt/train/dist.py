@@ -12,6 +12,8 @@ import datetime
 import faulthandler
 import json
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -25,12 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from regpt.errors import PeerFailed, RegptError
+from regpt.errors import ConfigError, PeerFailed, RegptError
 
 Result = TypeVar("Result")
 
 BEAT_S = 1.0  # every process says so often that it is alive,
 SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
+LAUNCHER = "REGPT_LAUNCHER"  # the process of `regpt train --nproc`, where that started us
 JOIN_S = 300.0  # processes are started together: the longest that one may take to load its libraries
 JOIN_POLL_S = 0.02
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
@@ -113,9 +116,10 @@ class Ranks:
         if not worst:
             return result
         if error and self.rank == first:
+            error.shared = True
             raise error
         failed = PeerFailed(f"rank {first} failed.", exit_status=worst)
-        failed.told = True
+        failed.told = failed.shared = True
         raise failed
 
     def first_on_each_host(self, work: Callable[[], Result]) -> Result:
@@ -137,56 +141,76 @@ def joined(kind: str) -> Iterator[Ranks]:
         kind: of device: cuda, cpu or mps.
 
     Raises:
-        PeerFailed: the processes cannot find one another, or a peer was lost on the way.
+        PeerFailed: a peer was lost, on the way or before it joined.
+        ConfigError: the environment is not that of torchrun.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    timeout = datetime.timedelta(seconds=COLLECTIVE_S)
+    stop_watching_parent = _leave_with_the_parent()
     try:
         store, rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
-        store = _of_this_life(store, rank, world)
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    except (RuntimeError, ValueError) as e:
-        raise PeerFailed(
-            f"rank {os.environ['RANK']} of {world} does not find the others: {str(e).splitlines()[0]}",
-            hint="the same --rdzv-endpoint on every node, and a network between them",
-            exit_status=PEER_EXIT,
-        ) from e
-    never_free(dist.group.WORLD)
-    ranks = Ranks(
-        rank=rank,
-        world=world,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        store=store,
-    )
-    over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ranks, over), name="regpt-heartbeat", daemon=True)
-    watch.start()
-    lost = False
-    try:
-        yield ranks
+        ranks = Ranks(
+            rank=rank,
+            world=world,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            store=_of_this_life(store, rank, world),
+        )
+    except ValueError as e:  # what torchrun says in the environment is not what torchrun says
+        stop_watching_parent()
+        raise ConfigError(f"rank {os.environ['RANK']} of {world} was not started by torchrun: {e}") from e
     except RuntimeError as e:
-        lost = _connection_lost(e)
-        if not lost:
+        stop_watching_parent()
+        raise _lost(Ranks(rank=int(os.environ["RANK"]), world=world, doing="joining"), e) from e
+    orderly = False
+    with _watched(ranks):
+        try:
+            timeout = datetime.timedelta(seconds=COLLECTIVE_S)
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(backend, store=ranks.store, rank=rank, world_size=world, timeout=timeout)
+            never_free(dist.group.WORLD)
+            stop_watching_parent()
+            yield ranks
+            dist.barrier()  # whoever has more to close is still heard
+            orderly = True
+        except RegptError as e:
+            orderly = e.shared
             raise
-        raise PeerFailed(
-            f"rank {ranks.rank} of {world}, {ranks.doing}: a peer was lost: {str(e).splitlines()[0]}",
-            hint="the first rank to fail says why; the same command continues from the last checkpoint",
-            exit_status=PEER_EXIT,
-        ) from e
-    else:
-        dist.barrier()  # whoever has more to close is still heard
-    finally:
-        over.set()
-        with contextlib.suppress(RuntimeError):  # the others need not wait for us any more
-            store.set(f"regpt/beat/{rank}", OVER)
-        watch.join(timeout=2 * BEAT_S)
-        if not (lost and kind == "cuda"):  # NCCL waits for a peer that will not come
-            with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group()
+        except RuntimeError as e:
+            if not _connection_lost(e):
+                raise
+            raise _lost(ranks, e) from e
+        finally:
+            if dist.is_initialized() and (
+                orderly or kind != "cuda"
+            ):  # NCCL waits for a peer that will not come
+                with contextlib.suppress(RuntimeError):
+                    dist.destroy_process_group()
+
+
+def _leave_with_the_parent() -> Callable[[], None]:
+    """Until what is returned is called: leave if the process that started us is gone. Whoever is left behind before it
+    has joined would ask a rendezvous that nobody answers; afterwards the heartbeat notices."""
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(BEAT_S):
+            if os.getppid() != parent:
+                sys.stderr.write("PeerFailed: the process that started this one is gone.\n")
+                os._exit(PEER_EXIT)
+
+    threading.Thread(target=watch, name="regpt-parent", daemon=True).start()
+    return over.set
+
+
+def _lost(ranks: Ranks, error: RuntimeError) -> PeerFailed:
+    return PeerFailed(
+        f"rank {ranks.rank} of {ranks.world}, {ranks.doing}: a peer was lost: {str(error).splitlines()[0]}",
+        hint="the first rank to fail says why; the same command continues from the last checkpoint",
+        exit_status=PEER_EXIT,
+    )
 
 
 def never_free(group: object) -> None:
@@ -234,9 +258,42 @@ def _connection_lost(error: RuntimeError) -> bool:
     )
 
 
-def _watch(ranks: Ranks, over: threading.Event) -> None:
-    """Say that we are alive, and end the process, diagnosed, when another has not said so for long."""
+@contextlib.contextmanager
+def _watched(ranks: Ranks) -> Iterator[None]:
+    """While open, we say that we are alive, and leave when another process has not said so for long.
+
+    Two threads: one that asks the store, and one that asks nobody, for where the store's own process or host is what
+    froze the first one waits in it for ever.
+    """
+    over, round_s = threading.Event(), [time.monotonic()]
+    threads = [
+        threading.Thread(target=_watch, args=(ranks, over, round_s), name="regpt-heartbeat", daemon=True),
+        threading.Thread(
+            target=_watch_the_watch, args=(ranks, over, round_s), name="regpt-watch", daemon=True
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+    orderly = False
+    try:
+        yield
+        orderly = True
+    except RegptError as e:
+        orderly = e.shared
+        raise
+    finally:
+        over.set()
+        # The others need not wait for us any more; of who ends alone, they must hear nothing.
+        threads[0].join(timeout=2 * BEAT_S)
+        if orderly and not threads[0].is_alive():
+            with contextlib.suppress(RuntimeError):
+                ranks.store.set(f"regpt/beat/{ranks.rank}", OVER)
+
+
+def _watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
+    """Say every BEAT_S that we are alive, and look who else is."""
     store = ranks.store.clone()
+    store.set(f"regpt/process/{ranks.rank}", json.dumps([socket.gethostname(), os.getpid()]))
     last = {other: ("", time.monotonic()) for other in range(ranks.world) if other != ranks.rank}
     count = 0
     while not over.wait(BEAT_S):
@@ -249,11 +306,30 @@ def _watch(ranks: Ranks, over: threading.Event) -> None:
                 if now == OVER or now != beat:
                     last[other] = (now, time.monotonic())
                 elif time.monotonic() - since > SILENT_S:
+                    _end(store, other)
                     _give_up(ranks, other, beat.partition(" ")[2] or "starting")
         except RuntimeError:  # the store went with the process or the agent that held it
-            if not over.wait(SILENT_S):
-                _give_up(ranks, None, "")
             return
+        round_s[0] = time.monotonic()
+
+
+def _end(store: Any, other: int) -> None:
+    """Kill a silent process of this host: frozen, it would not hear torchrun's request to end, and hold up the rest."""
+    key = f"regpt/process/{other}"
+    if store.check([key]):
+        host, pid = json.loads(store.get(key))
+        if host == socket.gethostname():
+            with contextlib.suppress(OSError):
+                os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _watch_the_watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
+    """Leave when the store has not answered for long."""
+    while not over.wait(BEAT_S):
+        if (
+            time.monotonic() - round_s[0] > SILENT_S + 2 * BEAT_S
+        ):  # whoever is named by `_watch` is named first
+            _give_up(ranks, None, "")
 
 
 def _give_up(ranks: Ranks, other: int | None, doing: str) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import uuid
+from pathlib import Path
 from typing import Any
 
 from regpt.errors import ConfigError, PeerFailed
-from regpt.train.dist import PEER_EXIT
+from regpt.train.dist import LAUNCHER, PEER_EXIT
 
 MOST_PROCESSES = 1024  # on one machine
+STATUS_FOLDER = (
+    "REGPT_STATUS_FOLDER"  # where our processes leave their exit statuses, each in a file of its rank
+)
 SAVE_S = 600  # that processes have for saving after a signal, before torchrun ends them
 
 
@@ -50,10 +56,14 @@ def launch(nproc: int, words: list[str]) -> int:
     )
     before = {name: signal.getsignal(getattr(signal, name)) for name in names}
     logging.disable(logging.ERROR)  # our processes say what is wrong
+    folder = tempfile.mkdtemp(prefix="regpt-")
+    os.environ |= {STATUS_FOLDER: folder, LAUNCHER: str(os.getpid())}
     try:
         elastic_launch(config, sys.executable)("-m", "regpt", *words)
     except SignalException as e:
-        return 128 + int(e.sigval)
+        # torchrun passes the signal on and waits, and says nothing of how its processes ended.
+        ended = {int(file.read_text()) for file in Path(folder).iterdir()}
+        return max(ended - {0, 128 + int(e.sigval)}, default=128 + int(e.sigval))
     except ChildFailedError as e:
         statuses = {failure.exitcode for failure in e.failures.values()}
         killed = sorted(-s for s in statuses if s < 0)
@@ -66,6 +76,8 @@ def launch(nproc: int, words: list[str]) -> int:
         said = {s for s in statuses if s > 0}
         return max(said - {PEER_EXIT} or said)  # what began it, not what followed from it
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        del os.environ[STATUS_FOLDER], os.environ[LAUNCHER]
         logging.disable(logging.NOTSET)
         for name, handler in before.items():  # torchrun leaves its own
             signal.signal(getattr(signal, name), handler)

@@ -25,7 +25,7 @@ from regpt.config import Config
 from regpt.data.corpus import Listener
 from regpt.data.loader import Loader
 from regpt.data.shards import TokenSplit
-from regpt.errors import CheckpointError, DeviceError, Interrupted, PeerFailed, TrainingDiverged
+from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
 from regpt.infer.engine import Piece, collect, generate
 from regpt.infer.settings import SamplingSettings
@@ -134,6 +134,9 @@ class Trainer:
         self.gradients = Gradients(model, plan, ranks)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = self.gradients.module
         self.saved_step: int | None = None
+        """Of the last save that was begun, unless it failed."""
+        self.kept_step: int | None = None
+        """Of the last checkpoint that is there."""
         self._saving: _Saving | None = None
         self.sampling = SamplingSettings(
             max_new_tokens=max(config.sample.tokens, 1),
@@ -164,8 +167,12 @@ class Trainer:
                 if s.sampled_step != s.step and self._sample_due(last):
                     self.sample()
                     news = True
-                if self._save_due(last) and (news or s.step != self.saved_step):
-                    self.save(required=last)
+                if (
+                    self._save_due(last)
+                    and (news or s.step != self.saved_step)
+                    and not self.save(required=last)
+                ):
+                    continue  # back at an earlier step
                 if last:
                     return
                 self.train_step()
@@ -305,8 +312,7 @@ class Trainer:
                 s.recent_losses = [*s.recent_losses, loss][-SPIKE_WINDOW:]
             return True
         self.settle()  # so that the message, and going back, know the last checkpoint
-        s.bad_in_a_row = s.bad_in_a_row + 1 if s.step <= s.last_bad_step + MAX_BAD else 1
-        s.last_bad_step = s.step
+        self._count_bad_step()
         rows, data_step, policy = (
             self.plan.batch_rows,
             s.step + s.skipped_steps,
@@ -322,16 +328,14 @@ class Trainer:
             got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
             f"{learning_rate(s.step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
-            f"is of step {self.saved_step if self.saved_step is not None else 'none'}",
+            f"is of step {self.kept_step}",
         )
         s.scaler.update()  # it was asked to unscale, and is not asked to step
         s.optimizer.zero_grad(set_to_none=True)
         if policy == "stop" or s.bad_in_a_row > MAX_BAD:
             raise error
         if policy == "skip":
-            if self.ranks.largest(
-                not all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())
-            ):
+            if not self.weights_finite():
                 error.what = (
                     f"weights are not finite at step {s.step}, so to leave updates out does not help."
                 )
@@ -344,6 +348,16 @@ class Trainer:
         else:
             self._roll_back(error, data_step)
         return False
+
+    def _count_bad_step(self) -> None:
+        s = self.state
+        s.bad_in_a_row = s.bad_in_a_row + 1 if s.step <= s.last_bad_step + MAX_BAD else 1
+        s.last_bad_step = s.step
+
+    def weights_finite(self) -> bool:
+        """Whether every weight on every rank is a number."""
+        ours = all(bool(p.isfinite().all()) for p in self.gradients.local_parameters())
+        return not self.ranks.largest(not ours)
 
     def _is_spike(self, loss: float) -> bool:
         """Far above the losses before it; never before there are as many as the window holds."""
@@ -405,15 +419,30 @@ class Trainer:
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def save(self, *, required: bool) -> None:
-        """A checkpoint of this very step, then retention.
+    def save(self, *, required: bool) -> bool:
+        """A checkpoint of this very step, then retention. False: weights were not finite, and the run was rolled back.
 
         Args:
             required: a failure ends the run. Otherwise it is said, and training goes on to the next save: the
                 checkpoints that are there stay as they are.
+
+        Raises:
+            TrainingDiverged: weights are not finite, and the policy is not to roll back.
         """
         s, ranks = self.state, self.ranks
         self.settle()
+        if (
+            not self.weights_finite()
+        ):  # it would be what the run goes back to, and would push the good ones out
+            error = TrainingDiverged(
+                f"weights are not finite at step {s.step}; they were not saved.",
+                hint=f"a lower --optim.lr or a larger --optim.eps; the last checkpoint is of step {self.kept_step}",
+            )
+            self._count_bad_step()
+            if self.config.train.on_bad_step != "rollback" or s.bad_in_a_row > MAX_BAD:
+                raise error
+            self._roll_back(error, s.step + s.skipped_steps - 1)
+            return False
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
         model, optimizer = whole(named.model_tensors(s.model), ranks), whole(tensors, ranks)
         self.saved_step = s.step
@@ -421,7 +450,9 @@ class Trainer:
             state = self.facts | {name: getattr(s, name) for name in COUNTERS}
             state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
             in_background = self.config.save.in_background and not required
-            if in_background:  # training changes them meanwhile
+            if (
+                in_background and not self.gradients.sharded
+            ):  # training changes them meanwhile; shards were copied
                 model, optimizer = (
                     {k: t.detach().to("cpu", copy=True) for k, t in x.items()} for x in (model, optimizer)
                 )
@@ -433,6 +464,7 @@ class Trainer:
                 self._saving.fail(e)
         if required or not self.config.save.in_background:
             self.settle(required=required)
+        return True
 
     def settle(self, *, required: bool = False) -> None:
         """Wait for the checkpoint that is being written, if one is, and say how it went; all ranks call it."""
@@ -441,16 +473,25 @@ class Trainer:
         told = self.ranks.from_main(str(failure) if failure else None)
         if told:
             self.saved_step = None
-        if told and required:
-            raise failure or PeerFailed(told, exit_status=SaveFailed.exit_status)
+
+        def fail() -> None:
+            if failure is not None:
+                raise failure
+
+        if required:
+            self.ranks.together(fail)
         if told:
             step = saving.step if saving else self.state.step
             self.say("note", step, {"text": f"{told}\n  training goes on; the next save will try again."})
         elif saving:
-            name = checkpoint.checkpoint_name(saving.step)
-            self.say("save", saving.step, {"path": name, "save_s": saving.seconds})
-            if saving.left_behind:
-                self.say("note", saving.step, {"text": saving.left_behind})
+            self._saved(saving)
+
+    def _saved(self, saving: _Saving) -> None:
+        name = checkpoint.checkpoint_name(saving.step)
+        self.kept_step = saving.step
+        self.say("save", saving.step, {"path": name, "save_s": saving.seconds})
+        if saving.left_behind:
+            self.say("note", saving.step, {"text": saving.left_behind})
 
     def restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Continue from a verified checkpoint, which only rank 0 reads; the others give None."""
@@ -481,7 +522,7 @@ class Trainer:
             s.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
             setattr(s, name, state.get(name, getattr(s, name)))
-        self.saved_step = s.step
+        self.saved_step = self.kept_step = s.step
 
     def say(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Into the log, to the trackers, to whoever listens; from rank 0 only."""
@@ -494,8 +535,11 @@ class Trainer:
 
     def close(self) -> None:
         """Let a checkpoint that is being written be finished, and the trackers write what they hold."""
-        if self._saving is not None and (failure := self._saving.finish()):
-            self.say("note", self._saving.step, {"text": str(failure)})
+        if (saving := self._saving) is not None:
+            if failure := saving.finish():
+                self.say("note", saving.step, {"text": str(failure)})
+            else:
+                self._saved(saving)
         for tracker in self.trackers:
             tracker.close()
 

@@ -105,7 +105,7 @@ def probe(device: str = "auto", threads: int | None = None, *, setting: str = "t
                 f"{setting}={device}: this machine has {count or 'no'} CUDA device{'s' if count != 1 else ''}"
                 f" that PyTorch {torch.__version__} can use.",
                 hint=f"--{setting.removeprefix('--')} auto"
-                if local_world == 1
+                if local_world == 1 or not count
                 else f"at most {count} processes on this machine: this is local rank {local_rank}",
             )
         torch.cuda.set_device(int(index or 0))  # what says only "cuda", and every library, means this one

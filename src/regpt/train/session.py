@@ -19,7 +19,14 @@ from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.shards import Shards
-from regpt.errors import CheckpointError, ConfigError, DeviceError, Interrupted, TrainingDiverged
+from regpt.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    Interrupted,
+    RegptError,
+    TrainingDiverged,
+)
 from regpt.models import build_model
 from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
@@ -73,7 +80,11 @@ def train(
         RegptError: whatever is wrong, as one message; Interrupted after a signal, TrainingDiverged on a non-finite loss.
     """
     keep_memory()
-    machine = probe(config.train.device, config.train.threads)
+    try:
+        machine = probe(config.train.device, config.train.threads)
+    except RegptError as e:
+        e.told = os.environ.get("LOCAL_RANK", "0") != "0"  # the first process of each host says it
+        raise
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
@@ -89,7 +100,9 @@ def _train(
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
     ranks.together(
-        lambda: _check_memory(make_plan(config, machine, vocab_size=1, world=ranks.world), machine)
+        lambda: _check_memory(
+            make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world), machine
+        )
     )
     run = RunDirectory(out)
 
@@ -117,20 +130,13 @@ def _train(
     )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
+        plan = _plan(config, machine, tokenizer.vocab_size, shards, ranks)
+        # Refused so far without a trace; a run that --fresh moves aside was left alone.
         opened = ranks.together(lambda: RunDirectory.open(run.path, fresh=fresh) if ranks.main else run)
         run = stack.enter_context(opened)
-        plan = make_plan(
-            config,
-            machine,
-            vocab_size=tokenizer.vocab_size,
-            train_tokens=shards.split("train").n_tokens,
-            world=ranks.world,
-        )
-        ranks.together(lambda: _same_plan(plan, ranks))
-        ranks.together(lambda: _check_memory(plan, machine))
-        plan = with_time(plan, config, machine)
-        listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
+            plan = with_time(plan, config, machine)
+            listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
             try:
                 trainer.run()
@@ -144,6 +150,15 @@ def _train(
                 hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
             ) from e
         return _result(trainer, run)
+
+
+def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ranks: Ranks) -> Plan:
+    """The plan on the text as it is, the same on all ranks, of a model that fits."""
+    train_tokens = shards.split("train").n_tokens
+    plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens, world=ranks.world)
+    ranks.together(lambda: _same_plan(plan, ranks))
+    ranks.together(lambda: _check_memory(plan, machine))
+    return plan
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -171,14 +186,22 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
         )
 
 
+def _least_vocabulary(config: Config) -> int:
+    """Of the tokenizer, as far as it is known before the text is read."""
+    return {"gpt2": 50257, "bytes": 257, "bpe": 257}.get(config.tokenizer.name, 1)
+
+
 def _check_memory(plan: Plan, machine: Machine) -> None:
     """Refuse what is far from fitting: a system short of memory ends processes without a word. Less is a warning only."""
-    if machine.memory_bytes and plan.memory.total > HOPELESS * machine.memory_bytes:
+    m = plan.memory
+    needed = m.total - m.saving  # which rank 0 alone needs, and not all the time
+    if machine.memory_bytes and needed > HOPELESS * machine.memory_bytes:
+        smaller = plan.micro_rows > 1 and m.activations + m.logits > needed / 2
         raise DeviceError(
-            f"this model needs {plan.memory.total / 2**30:,.1f} GiB to train.",
+            f"this model needs {needed / 2**30:,.1f} GiB to train.",
             got=f"{machine.name} with {machine.memory_bytes / 2**30:,.1f} GiB for each process",
             hint="--train.micro-rows 1"
-            if plan.micro_rows > 1
+            if smaller
             else "a smaller model or context, --train.checkpoint-activations, or more memory",
         )
 
@@ -333,8 +356,11 @@ def _check_same_run(run: RunDirectory, config: Config, listen: Listener) -> Path
         )
     then, now = run.read().get("facts", {}).get("text", {}), text_identity(config)
     if then.keys() == now.keys() and then != now:
+        other = [name for name in now if now[name] != then[name]]
         raise CheckpointError(
-            f"the text changed since the run in {run.path} was begun: {', '.join(k for k in now if now[k] != then[k])}.",
+            f"the text changed since the run in {run.path} was begun: {', '.join(other)}.",
+            got=", ".join(f"{name} {now[name]}" for name in other),
+            expected=", ".join(f"{name} {then[name]}" for name in other),
             hint="give the text it was begun with, another --out, or --fresh",
         )
     for name, (old, new) in changed.items():
