@@ -1,8 +1,8 @@
-"""Whole-process time and whole-split loss of `shakespeare-char-cpu` beside nanoGPT's own code, in turn, in one run.
+"""Whole-process time and whole-split loss of our presets beside nanoGPT's own code, in turn, in one run.
 
-    python benchmarks/shakespeare_cpu.py --nanogpt CLONE --text tinyshakespeare.txt [--runs 3]
+    python benchmarks/shakespeare_cpu.py --nanogpt CLONE --text tinyshakespeare.txt [--runs 3] [--presets NAME,NAME]
 
-CLONE is a checkout of nanoGPT (github.com/karpathy/nanoGPT). Each counted run is: prepare the text, train 2,000 steps of
+CLONE is a checkout of nanoGPT (github.com/karpathy/nanoGPT). Each run of ours has another seed. Each counted run is: prepare the text, train 2,000 steps of
 the README's CPU recipe, save; start-up included. Both models are then measured on the same whole validation split, in
 windows of 64 that do not overlap, with the model's own code.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+SEEDS = (1337, 1, 2, 3, 4)
 NANOGPT_FLAGS = [
     "--device=cpu",
     "--compile=False",
@@ -80,7 +81,7 @@ def nanogpt(clone: Path, text: Path, folder: Path) -> tuple[float, float, float]
     return prepared + trained, mib, float(loss.stdout.split()[-1])
 
 
-def ours(text: Path, folder: Path, extra: list[str]) -> tuple[float, float, float]:
+def ours(text: Path, folder: Path, preset: str, extra: list[str]) -> tuple[float, float, float]:
     """Seconds, peak MiB and whole-split loss of regpt."""
     folder.mkdir()
     command = [
@@ -88,7 +89,7 @@ def ours(text: Path, folder: Path, extra: list[str]) -> tuple[float, float, floa
         "-m",
         "regpt",
         "train",
-        "shakespeare-char-cpu",
+        preset,
         "--data.source",
         str(text.resolve()),
     ]
@@ -105,19 +106,23 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--presets", default="shakespeare-char-cpu")
     args, extra = parser.parse_known_args()
-    rows: dict[str, list[tuple[float, float, float]]] = {"nanoGPT": [], "regpt": []}
+    presets = args.presets.split(",")
+    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("nanoGPT", *presets)}
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(args.runs):
             rows["nanoGPT"].append(nanogpt(args.nanogpt, args.text, Path(scratch) / f"nanogpt-{i}"))
-            rows["regpt"].append(ours(args.text, Path(scratch) / f"regpt-{i}", extra))
+            for preset in presets:
+                flags = ["--seed", str(SEEDS[i % len(SEEDS)]), *extra]
+                rows[preset].append(ours(args.text, Path(scratch) / f"{preset}-{i}", preset, flags))
             for name in rows:
                 s, mib, loss = rows[name][-1]
-                print(f"run {i + 1}  {name:<8} {s:7.1f} s  {mib:6.0f} MiB  loss {loss:.4f}", flush=True)
-    ratios = [n[0] / r[0] for n, r in zip(rows["nanoGPT"], rows["regpt"], strict=True)]
-    print(
-        f"nanoGPT's time over ours: {', '.join(f'{x:.2f}' for x in ratios)}; median {statistics.median(ratios):.2f}"
-    )
+                print(f"run {i + 1}  {name:<20} {s:7.1f} s  {mib:6.0f} MiB  loss {loss:.4f}", flush=True)
+    for preset in presets:
+        ratios = [n[0] / r[0] for n, r in zip(rows["nanoGPT"], rows[preset], strict=True)]
+        each = ", ".join(f"{x:.2f}" for x in ratios)
+        print(f"nanoGPT's time over that of {preset}: {each}; median {statistics.median(ratios):.2f}")
     for name, values in rows.items():
         losses = [v[2] for v in values]
         print(
