@@ -2,9 +2,9 @@
 
     python benchmarks/shakespeare_cpu.py --nanogpt CLONE --text tinyshakespeare.txt [--runs 3] [--presets NAME,NAME]
 
-CLONE is a checkout of nanoGPT (github.com/karpathy/nanoGPT). Each run of ours has another seed. Each counted run is: prepare the text, train 2,000 steps of
-the README's CPU recipe, save; start-up included. Both models are then measured on the same whole validation split, in
-windows of 64 that do not overlap, with the model's own code.
+CLONE is a checkout of nanoGPT (github.com/karpathy/nanoGPT). Each run of ours has another seed. Each counted run is: prepare
+the text, train (nanoGPT the 2,000 steps of its README's CPU recipe), save; start-up included. All models are then measured on
+the same whole validation split, in windows of 64 that do not overlap, with the model's own code.
 """
 
 from __future__ import annotations
