@@ -29,7 +29,7 @@ from regpt.train.dist import Ranks, joined
 from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
 from regpt.train.machine import Machine, probe, using
-from regpt.train.plan import Plan, as_dict, make_plan
+from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
 from regpt.train.track import check_trackers, make_trackers
@@ -57,6 +57,9 @@ class TrainResult:
     val_bits_per_byte: float | None
     tokens_per_second: float | None
     seconds: float
+    """Of training steps."""
+    elapsed_s: float
+    """Of the whole loop, over all sittings: what train.minutes counts."""
     run: str
 
 
@@ -128,7 +131,7 @@ def _train(
         )
         ranks.together(lambda: _same_plan(plan, ranks))
         ranks.together(lambda: _check_memory(plan, machine))
-        plan = with_time(plan, config, machine)
+        plan = _same_steps(with_time(plan, config, machine), ranks)
         listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
         try:
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
@@ -144,6 +147,11 @@ def _train(
                 hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
             ) from e
         return _result(trainer, run)
+
+
+def _same_steps(plan: Plan, ranks: Ranks) -> Plan:
+    """The plan with rank 0's steps: for a time budget, each rank has measured for itself how many fit."""
+    return with_steps(plan, ranks.from_main(plan.steps))
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -270,7 +278,7 @@ def _rewind(trainer: Trainer, run: RunDirectory, listen: Listener) -> None:
     if step and not run.lines.path.exists():
         listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
     trainer.rewind()
-    listen("resume", step, {"run": str(run.path)})
+    listen("resume", step, {"run": str(run.path), "total_steps": trainer.total_steps})
 
 
 def _newest(
@@ -371,5 +379,6 @@ def _result(trainer: Trainer, run: RunDirectory) -> TrainResult:
         val_bits_per_byte=s.val_bits_per_byte,
         tokens_per_second=tokens / s.seconds if s.seconds else None,
         seconds=s.seconds,
+        elapsed_s=s.elapsed_s,
         run=str(run.path),
     )
