@@ -266,7 +266,7 @@ def test_the_plan_has_as_many_steps_as_fit(config: Config) -> None:
 def test_while_the_total_stands_still_the_decay_is_the_schedules() -> None:
     for schedule in ("cosine", "linear"):
         optim = OptimConfig(warmup_steps=7, schedule=schedule)  # type: ignore[arg-type]
-        pace = Pace.begin(60.0, optim, 100)
+        pace = Pace(budget_s=60.0, total_steps=100, warmup_steps=7, recent_token_s=[0.1] * 3)
         for step in range(100):
             rate = learning_rate(step, optim, 100, decayed=pace.decayed)
             assert rate == pytest.approx(learning_rate(step, optim, 100), rel=1e-12)
@@ -280,6 +280,9 @@ def test_an_estimate_far_too_low_does_not_end_the_run(
     clock = timed(monkeypatch, lambda *_: 0.25, estimate=1)
     session.train(config, "run")
     assert clock.now_s - 1000 == pytest.approx(BUDGET_S, rel=0.03)
+    log = steps("run")
+    optim, n = config.optim, len(log)
+    assert [e["lr"] for e in log] == pytest.approx([learning_rate(s, optim, n) for s in range(n)], rel=0.05)
 
 
 def test_pauses_are_counted_as_the_loop_makes_them() -> None:

@@ -43,21 +43,19 @@ class Pace:
     """What the last evaluation, sample and save each took; "write": the whole writing of a checkpoint."""
 
     @classmethod
-    def begin(cls, budget_s: float, config: OptimConfig, total_steps: int) -> Pace:
-        """At the first step of a run for which `total_steps` is the estimate."""
-        return cls(
-            budget_s=budget_s,
-            total_steps=total_steps,
-            warmup_steps=min(config.warmup_steps, int(WARMUP_SHARE * total_steps)),
-        )
-
-    @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> Pace | None:
         """What `dataclasses.asdict` made of one."""
         return cls(**values) if values is not None else None
 
+    @property
+    def known(self) -> bool:
+        """Whether the speed has been measured, so that the first estimate no longer counts."""
+        return len(self.recent_token_s) >= ENOUGH_STEPS
+
     def made(self, step: int, config: OptimConfig) -> None:
         """Update number `step` was made: how far the decay has come at the next one."""
+        if not self.known:
+            return  # a first estimate may be far too low, and what has decayed does not come back
         start = decay_start(dataclasses.replace(config, warmup_steps=self.warmup_steps), self.total_steps)
         if step >= start or self.decayed > 0:
             self.decayed += (1 - self.decayed) / max(self.total_steps - step, 1)
@@ -77,7 +75,7 @@ class Pace:
             val_tokens: that an evaluation reads.
         """
         left_s = self.budget_s - elapsed_s
-        if len(self.recent_token_s) < ENOUGH_STEPS:
+        if not self.known:
             return max(self.total_steps, step + 1) if left_s > 0 else step
         token_s = statistics.median(self.recent_token_s)
         step_s = max(step_tokens * token_s, FINEST_S)
@@ -95,12 +93,12 @@ class Pace:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return step + low
 
-    def follow(self, step: int, fitting: int, config: OptimConfig) -> None:
+    def follow(self, step: int, fitting: int) -> None:
         """Take the total that fits, where it is far enough from the one in force."""
         if abs(fitting - self.total_steps) > TOLERANCE * (self.total_steps - step):
             self.total_steps = fitting
-            if step < self.warmup_steps:
-                self.warmup_steps = max(step, min(self.warmup_steps, int(WARMUP_SHARE * fitting)))
+        if self.known and step < self.warmup_steps:
+            self.warmup_steps = max(step, min(self.warmup_steps, int(WARMUP_SHARE * self.total_steps)))
 
 
 def pause_periods(config: Config) -> dict[str, int | None]:

@@ -342,7 +342,7 @@ class Trainer:
             self.val_split.n_tokens if self.val_split else 0,
         )
         fitting = self.ranks.largest(fitting if self.ranks.main else 0)  # rank 0's clock decides
-        s.pace.follow(s.step, fitting, config.optim)
+        s.pace.follow(s.step, fitting)
 
     def _set_pace(self) -> None:
         """The total as it was saved, or a first estimate where the budget is new."""
@@ -355,7 +355,7 @@ class Trainer:
             s.pace = (
                 dataclasses.replace(s.pace, budget_s=budget_s, total_steps=total)
                 if s.pace
-                else Pace.begin(budget_s, self.config.optim, total)
+                else Pace(budget_s=budget_s, total_steps=total, warmup_steps=self.config.optim.warmup_steps)
             )
 
     @contextlib.contextmanager
