@@ -125,6 +125,9 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer updates."""
+    minutes: float | None = None
+    """Wall time to train for, over all sittings, evaluations and saves included; `steps` is then not looked at. The
+    schedule follows the measured speed, so such a run does not repeat to the bit. None: train.steps."""
     batch_tokens: int = 8192
     """Tokens in one update, over all micro-batches and ranks."""
     micro_rows: int | None = None

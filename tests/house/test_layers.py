@@ -27,7 +27,7 @@ LAYERS = [
         "train.__init__",
     ],
     ["data", "models", "optim", "train.run", "train.machine"],
-    ["train.checkpoint", "train.named", "train.load", "train.plan", "infer"],
+    ["train.checkpoint", "train.named", "train.load", "train.plan", "train.budget", "infer"],
     ["evals"],
     ["train.estimate", "train.parallel"],
     ["train.loop", "train.session", "serve", "adapters", "report"],

@@ -114,8 +114,11 @@ def plant(fault: Fault, rows_to: str) -> None:
     twice …": a second one on its heels. "nan loss", "inf gradient", "-inf weight", "nan input"; "always nan loss": in
     every step from this one on. "no space": one save finds the disk full. "record rows": the ids of every
     batch go to a file; "record rows, then SIGKILL in save".
+    "own clock": each reading is later than the one before, on other ranks by another time.
     """
     _, at, what = fault
+    if what == "own clock":
+        return _own_clock()
     if what.startswith("record rows"):
         _record_rows(rows_to)
         what = what.removeprefix("record rows").removeprefix(", then ")
@@ -276,6 +279,17 @@ def _fill_at_the_end() -> None:
         raise CheckpointError(f"the end of {self.lines.path} could not be written: No space left on device.")
 
     RunDirectory.close = close  # type: ignore[method-assign]
+
+
+def _own_clock() -> None:
+    """A tenth of a second a reading on rank 0, twice that on rank 1, and so on."""
+    import itertools
+
+    from regpt.train.loop import Trainer
+
+    readings = itertools.count()
+    tick_s = 0.1 * (1 + int(os.environ["RANK"]))
+    Trainer.clock = staticmethod(lambda: tick_s * next(readings))
 
 
 def _record_rows(path: str) -> None:

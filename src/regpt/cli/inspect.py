@@ -63,6 +63,7 @@ LOSSES = ("val_loss", "val_bits_per_byte")
 def _described(path: Path, record: dict[str, Any], config: Config) -> list[str]:
     """What was trained on what, from a run's record."""
     m = config.model
+    about = f"{config.train.minutes:g} minutes, about " if config.train.minutes is not None else ""
     try:
         plan = record["plan"]
         return [
@@ -70,7 +71,7 @@ def _described(path: Path, record: dict[str, Any], config: Config) -> list[str]:
             f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
             f"{plan['parameters']:,} parameters",
             f"data       {config.data.source}, tokenizer {config.tokenizer.name} of {plan['vocab_size']:,}",
-            f"training   {plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
+            f"training   {about}{plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
             f"{record['machine']['name']}",
         ]
     except (KeyError, IndexError, TypeError) as e:

@@ -79,11 +79,13 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
     accumulation = f" in {plan.n_micro} micro-batches of {plan.micro_rows}" if plan.n_micro > 1 else ""
     epochs = f", {plan.epochs:.2f} epochs" if plan.epochs is not None else ""
     memory = plan.memory
+    minutes = config.train.minutes
+    fitted = f"about {plan.steps:,} in {minutes:g} minutes" if minutes is not None else f"{plan.steps:,}"
     lines += [
         f"model     {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}, "
         f"vocabulary {plan.vocab_size:,} (padded {plan.padded_vocab_size:,}): {plan.parameters:,} parameters",
         f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{ranks}{accumulation}",
-        f"steps     {plan.steps:,}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
+        f"steps     {fitted}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
         f"machine   {machine.device}: {machine.name}, {machine.threads} threads; {plan.dtype}, "
         f"{'compiled' if plan.compile else 'eager'}",
         f"memory    {gib(memory.total)}: weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, "

@@ -142,24 +142,26 @@ class Screen:
         self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
-        if step >= self.config.train.steps:
+        if step >= values["total_steps"]:
+            longer = "--train.steps N" if self.config.train.minutes is None else "--train.minutes N"
             self.out.info(
-                f"{values['run']} is finished (step {step}); --train.steps N goes on, --fresh begins anew."
+                f"{values['run']} is finished (step {step}); {longer} goes on, --fresh begins anew."
             )
         else:
             self.out.info(f"continuing {values['run']} from step {step}.")
 
     def on_step(self, step: int, values: dict[str, Any]) -> None:
+        total, minutes = values["total_steps"], self.config.train.minutes
         if self.bar is None and sys.stderr.isatty():
-            self._open_bar("training", self.config.train.steps, "steps")
+            self._open_bar("training", *((total, "steps") if minutes is None else (60 * minutes, "s")))
         numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
         numbers += f"  {values['memory_bytes'] / 2**30:.2f} GiB"
         if self.bar is not None:
-            self.bar.update(step, numbers)
+            self.bar.update(step if minutes is None else values["elapsed_s"], numbers)
             return
-        now, last = time.monotonic(), step == self.config.train.steps
+        now, last = time.monotonic(), step == total
         if self.rate_at is None:
             self.rate_at = (step, now)
         elif now - self.last_line < self.LINE_EVERY_S and not last:
@@ -168,8 +170,8 @@ class Screen:
         first, began = self.rate_at
         left = ""
         if step > first and not last:
-            left = f"  {duration((now - began) / (step - first) * (self.config.train.steps - step))} left"
-        self.out.info(f"step {step:>6}/{self.config.train.steps}  {numbers}  lr {values['lr']:.2e}{left}")
+            left = f"  {duration((now - began) / (step - first) * (total - step))} left"
+        self.out.info(f"step {step:>6}/{total}  {numbers}  lr {values['lr']:.2e}{left}")
 
     def on_eval(self, step: int, values: dict[str, Any]) -> None:
         best = "  best so far" if values["best"] else ""

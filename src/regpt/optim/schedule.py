@@ -14,12 +14,23 @@ from regpt.config import OptimConfig
 from regpt.errors import ConfigError
 
 
-def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
+def decay_start(config: OptimConfig, total_steps: int) -> int:
+    """The step from which cosine and linear come down."""
+    end = total_steps if config.decay_steps is None else config.decay_steps
+    if config.schedule == "cosine":
+        return config.warmup_steps
+    return max(config.warmup_steps, end - round(config.decay_fraction * end))
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int, *, decayed: float | None = None) -> float:
     """The rate of update number `step`, counted from 0, of a run of `total_steps`.
 
     cosine: half a cosine from lr, at the end of warm-up, to min_lr at `decay_steps`; min_lr after that.
     linear: lr, then a straight line to min_lr over the last `decay_fraction` of `decay_steps` (a trapezoid).
     constant: lr after warm-up.
+
+    Args:
+        decayed: the share of the decay that lies behind; None: as follows from the step and `total_steps`.
     """
     end = total_steps if config.decay_steps is None else config.decay_steps
     warmup = config.warmup_steps
@@ -27,12 +38,15 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
         return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return config.lr
-    start = warmup if config.schedule == "cosine" else max(warmup, end - round(config.decay_fraction * end))
-    if step < start:
+    start = decay_start(config, total_steps)
+    if decayed is not None:
+        done = decayed
+    elif step < start:
         return config.lr
-    if step >= end:
+    elif step >= end:
         return config.min_lr
-    done = (step - start) / (end - start)
+    else:
+        done = (step - start) / (end - start)
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
     return config.min_lr + left * (config.lr - config.min_lr)
 
@@ -46,9 +60,16 @@ def muon_momentum(step: int, config: OptimConfig) -> float:
     return (1 - done) * config.muon_momentum_start + done * config.muon_momentum
 
 
-def set_rates(groups: Iterable[dict[str, Any]], step: int, config: OptimConfig, total_steps: int) -> float:
+def set_rates(
+    groups: Iterable[dict[str, Any]],
+    step: int,
+    config: OptimConfig,
+    total_steps: int,
+    *,
+    decayed: float | None = None,
+) -> float:
     """Set every parameter group's rate, and Muon's momentum, for update number `step`; returns the rate of `optim.lr`."""
-    rate = learning_rate(step, config, total_steps)
+    rate = learning_rate(step, config, total_steps, decayed=decayed)
     for group in groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
         if group.get("kind") == "muon":

@@ -18,7 +18,7 @@ from regpt.models.count import flops_per_token
 from regpt.models.memory import memory_estimate
 from regpt.optim.groups import make_optimizer
 from regpt.train.machine import Machine, autocast
-from regpt.train.plan import Plan
+from regpt.train.plan import LARGEST, Plan, with_steps
 
 TRIAL_TOKENS = 2048  # of one timed pass at most,
 TRIAL_FLOPS = 4e11  # and arithmetic: a second or so on a slow machine; what is longer is scaled by it
@@ -28,10 +28,18 @@ TRIAL_S = 0.15  # spent on timing each model, once it is warm
 def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     """The plan with `time_s`: as it is where a data sheet gave it, measured elsewhere; at most a few seconds of work.
 
-    What the machine has no room for is not tried: its time stays unknown. The generator's state is left as it was.
+    With train.minutes, of as many steps as fit. What the machine has no room for is not tried: its time stays unknown.
+    The generator's state is left as it was.
     """
-    if plan.time_s is not None:
+    plan = plan if plan.time_s is not None else _measured(plan, config, machine)
+    if config.train.minutes is None or plan.time_s is None:
         return plan
+    steps = int(60 * config.train.minutes / plan.time_s * plan.steps)
+    return with_steps(plan, min(max(steps, 1), LARGEST))
+
+
+def _measured(plan: Plan, config: Config, machine: Machine) -> Plan:
+    """The plan with `time_s` by timing passes and updates, where there is room for them."""
     two_layers = dataclasses.replace(config.model, n_layer=2)
     T = config.model.block_size
     while T > 64 and (T > TRIAL_TOKENS or T * _flops(two_layers, T, plan) > TRIAL_FLOPS):

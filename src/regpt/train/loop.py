@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regpt.config import Config
+from regpt.config import Config, OptimConfig
 from regpt.data.corpus import Listener
 from regpt.data.loader import Loader
 from regpt.data.shards import TokenSplit
@@ -34,6 +34,7 @@ from regpt.optim.groups import make_optimizer
 from regpt.optim.schedule import learning_rate, set_rates
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
+from regpt.train.budget import UNMEASURED_STEPS, Pace, pause_periods
 from regpt.train.checkpoint import SaveFailed
 from regpt.train.dist import Ranks
 from regpt.train.machine import Machine, autocast, peak_memory_bytes
@@ -65,6 +66,10 @@ class TrainState:
     """Updates made."""
     seconds: float = 0.0
     """Time spent in training steps, over all sittings."""
+    elapsed_s: float = 0.0
+    """Wall time of the loop, over all sittings: what `train.minutes` counts."""
+    pace: Pace | None = None
+    """The length of a run with a time budget; None without one."""
     evaluated_step: int | None = None
     sampled_step: int | None = None
     val_loss: float | None = None
@@ -80,7 +85,9 @@ class TrainState:
     best_val_loss: float | None = None
 
 
-COUNTERS = [f.name for f in dataclasses.fields(TrainState) if f.name not in ("model", "optimizer", "scaler")]
+COUNTERS = [
+    f.name for f in dataclasses.fields(TrainState) if f.name not in ("model", "optimizer", "scaler", "pace")
+]
 
 
 class Trainer:
@@ -93,6 +100,9 @@ class Trainer:
         trackers, listen: hear of every event, after the log.
         stop: polled between micro-batches and evaluation passes.
     """
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
+    """Seconds from some beginning."""
 
     def __init__(
         self,
@@ -138,6 +148,8 @@ class Trainer:
         self.kept_step: int | None = None
         """Of the last checkpoint that is there."""
         self._saving: _Saving | None = None
+        self._clock_s = self.clock()  # up to where `elapsed_s` has counted
+        self._steps_here = 0  # of this sitting
         self.sampling = SamplingSettings(
             max_new_tokens=max(config.sample.tokens, 1),
             temperature=config.sample.temperature,
@@ -146,6 +158,7 @@ class Trainer:
         )
         if plan.compile:
             self.compute_loss = self._compiled(self.gradients.module)
+        self._set_pace()
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -156,23 +169,25 @@ class Trainer:
             Interrupted: a signal asked for a stop; everything is saved.
             TrainingDiverged: a loss or gradient was not finite; the update was not made.
         """
-        s, total = self.state, self.plan.steps
+        s = self.state
         s.model.train()
+        self._clock_s = self.clock()
         try:
             while True:
-                last, news = s.step >= total, False
+                last, news = s.step >= self.total_steps, False
                 if s.evaluated_step != s.step and (last or _due(s.step, self.config.eval.every)):
-                    self.evaluate()
+                    with self._pause("eval"):
+                        self.evaluate()
                     news = True
                 if s.sampled_step != s.step and self._sample_due(last):
-                    self.sample()
+                    with self._pause("sample"):
+                        self.sample()
                     news = True
-                if (
-                    self._save_due(last)
-                    and (news or s.step != self.saved_step)
-                    and not self.save(required=last)
-                ):
-                    continue  # back at an earlier step
+                if self._save_due(last) and (news or s.step != self.saved_step):
+                    with self._pause("save"):
+                        saved = self.save(required=last)
+                    if not saved:
+                        continue  # back at an earlier step
                 if last:
                     return
                 self.train_step()
@@ -189,8 +204,8 @@ class Trainer:
     def train_step(self) -> None:
         """One update on one global batch."""
         s, config, plan = self.state, self.config, self.plan
-        began = time.perf_counter()
-        rate = set_rates(s.optimizer.param_groups, s.step, config.optim, plan.steps)
+        began = self.clock()
+        rate = set_rates(s.optimizer.param_groups, s.step, self.optim, self.total_steps, decayed=self.decayed)
         for micro in range(plan.n_micro):
             self.poll()
             x, y = self.loader.batch(
@@ -209,10 +224,11 @@ class Trainer:
             return
         self.update()
         s.step += 1
-        s.seconds += (took := time.perf_counter() - began)
+        s.seconds += (took := self.clock() - began)
+        self.keep_pace()
         if s.step == 1:
             self.check_first_loss(loss)
-        if s.step == 1 or s.step == plan.steps or _due(s.step, config.track.log_every):
+        if s.step == 1 or s.step == self.total_steps or _due(s.step, config.track.log_every):
             self.say("step", s.step, self._numbers(loss, norm, rate, took))
 
     def evaluate(self) -> None:
@@ -221,7 +237,7 @@ class Trainer:
         s.evaluated_step = s.step
         if self.val_split is None:
             return
-        began = time.perf_counter()
+        began = self.clock()
         try:
             result: SplitLoss = split_loss(
                 cast(LanguageModel, s.model),
@@ -250,7 +266,7 @@ class Trainer:
                 "val_bits_per_byte": result.bits_per_byte,
                 "val_tokens": result.tokens,
                 "best": improved,
-                "eval_s": time.perf_counter() - began,
+                "eval_s": self.clock() - began,
             },
         )
 
@@ -289,6 +305,73 @@ class Trainer:
                     hint="a lower --optim.lr, or --train.dtype float32",
                 )
 
+    # --- how long ----------------------------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Where the run ends, as far as is known now."""
+        return self.state.pace.total_steps if self.state.pace else self.plan.steps
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The schedule's settings, with the warm-up that a time budget has room for."""
+        pace, optim = self.state.pace, self.config.optim
+        return dataclasses.replace(optim, warmup_steps=pace.warmup_steps) if pace else optim
+
+    @property
+    def decayed(self) -> float | None:
+        """Share of the decay that lies behind the next update; None where it follows from step and total."""
+        return self.state.pace.decayed if self.state.pace else None
+
+    def tick(self) -> float:
+        """Count the wall time up to now; the seconds since it was last counted."""
+        before, self._clock_s = self._clock_s, self.clock()
+        self.state.elapsed_s += (passed := self._clock_s - before)
+        return passed
+
+    def keep_pace(self) -> None:
+        """After a step: the total that fits the time budget, if there is one; the same on all ranks."""
+        s, config = self.state, self.config
+        step_s = self.tick()
+        self._steps_here += 1
+        if s.pace is None:
+            return
+        s.pace.made(s.step - 1, config.optim)
+        if self._steps_here > UNMEASURED_STEPS:
+            s.pace.measured(step_s / config.train.batch_tokens)
+        fitting = s.pace.steps_that_fit(
+            s.step,
+            s.elapsed_s,
+            config.train.batch_tokens,
+            pause_periods(config),
+            self.val_split.n_tokens if self.val_split else 0,
+        )
+        fitting = self.ranks.largest(fitting if self.ranks.main else 0)  # rank 0's clock decides
+        s.pace.follow(s.step, fitting)
+
+    def _set_pace(self) -> None:
+        """The total as it was saved, or a first estimate where the budget is new."""
+        s, minutes = self.state, self.config.train.minutes
+        if minutes is None:
+            s.pace = None
+        elif s.pace is None or s.pace.budget_s != 60 * minutes:
+            budget_s = 60 * minutes
+            total = s.step + round(max(1 - s.elapsed_s / budget_s, 0.0) * self.plan.steps)
+            s.pace = (
+                dataclasses.replace(s.pace, budget_s=budget_s, total_steps=total)
+                if s.pace
+                else Pace(budget_s=budget_s, total_steps=total, warmup_steps=self.config.optim.warmup_steps)
+            )
+
+    @contextlib.contextmanager
+    def _pause(self, kind: str) -> Iterator[None]:
+        """Training waits for what is done inside; a time budget allows for as much the next time."""
+        began = self.clock()
+        yield
+        if self.state.pace:
+            self.state.pace.pause_s[kind] = self.clock() - began
+        self.tick()
+
     # --- what keeps it safe ------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
@@ -326,7 +409,7 @@ class Trainer:
         error = TrainingDiverged(
             f"the {what} at step {s.step} is {number}; the update was not made.",
             got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
-            f"{learning_rate(s.step, self.config.optim, self.plan.steps):.2e}, {self.plan.dtype}",
+            f"{learning_rate(s.step, self.optim, self.total_steps, decayed=self.decayed):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
             f"is of step {self.kept_step}",
         )
@@ -369,7 +452,7 @@ class Trainer:
     def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
         """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
         s = self.state
-        times, bad_step = s.bad_in_a_row, s.last_bad_step
+        times, bad_step, elapsed_s = s.bad_in_a_row, s.last_bad_step, s.elapsed_s
 
         def note(text: str) -> None:
             self.say("note", s.step, {"text": text})
@@ -383,6 +466,7 @@ class Trainer:
             raise error
         self.restore(found)
         s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
+        s.elapsed_s = elapsed_s  # the steps are undone, the time is not
         self.rewind()
         note(
             f"{error.what} Back to step {s.step}, and past the rows up to there (train.on_bad_step=rollback)."
@@ -443,12 +527,14 @@ class Trainer:
                 raise error
             self._roll_back(error, s.step + s.skipped_steps - 1)
             return False
+        self.tick()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
         model, optimizer = whole(named.model_tensors(s.model), ranks), whole(tensors, ranks)
         self.saved_step = s.step
         if ranks.main:
             state = self.facts | {name: getattr(s, name) for name in COUNTERS}
             state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
+            state["pace"] = dataclasses.asdict(s.pace) if s.pace else None
             in_background = self.config.save.in_background and not required
             if (
                 in_background and not self.gradients.sharded
@@ -490,6 +576,8 @@ class Trainer:
         name = checkpoint.checkpoint_name(saving.step)
         self.kept_step = saving.step
         self.say("save", saving.step, {"path": name, "save_s": saving.seconds})
+        if self.state.pace:
+            self.state.pace.pause_s["write"] = saving.seconds
         if saving.left_behind:
             self.say("note", saving.step, {"text": saving.left_behind})
 
@@ -522,6 +610,8 @@ class Trainer:
             s.scaler.load_state_dict(state["scaler"])
         for name in COUNTERS:
             setattr(s, name, state.get(name, getattr(s, name)))
+        s.pace = Pace.from_dict(state.get("pace"))
+        self._set_pace()
         self.saved_step = self.kept_step = s.step
 
     def say(self, event: str, step: int, values: dict[str, Any]) -> None:
@@ -575,6 +665,8 @@ class Trainer:
             "tokens": s.step * self.config.train.batch_tokens,
             "tokens_per_second": per_second,
             "time_s": s.seconds,
+            "elapsed_s": s.elapsed_s,
+            "total_steps": self.total_steps,
             "memory_bytes": peak_memory_bytes(self.machine),
         }
         if self.machine.peak_flops and plan.dtype != "float32":  # the data sheet's figure is for 16 bits

@@ -46,6 +46,7 @@ class Plan:
     n_micro: int
     """Forward passes of one rank in one update: gradient accumulation."""
     steps: int
+    """With train.minutes an estimate, or train.steps where there is none."""
     total_tokens: int
     epochs: float | None
     """Passes over the training split; None while its size is unknown."""
@@ -166,7 +167,9 @@ def _check(config: Config, vocab_size: int) -> None:
         check_entries(config.tokenizer.vocab_size)
     check_model(config.model, vocab_size)
     check_optimizer(config.optim)
-    check_schedule(config.optim, config.train.steps)
+    _check_minutes(config)
+    # How many steps a time budget holds is not known yet: the warm-up then follows (`train/budget.py`).
+    check_schedule(config.optim, config.train.steps if config.train.minutes is None else 0)
     if not 0 <= config.data.val_fraction < 1:
         raise ConfigError("data.val_fraction must lie in [0, 1).", got=config.data.val_fraction)
     if config.sample.tokens < 0:
@@ -181,6 +184,41 @@ def _check(config: Config, vocab_size: int) -> None:
         )
     if not 0 <= config.seed < 2**63:
         raise ConfigError("seed must lie in [0, 2^63).", got=config.seed)
+
+
+def _check_minutes(config: Config) -> None:
+    """A time budget that is one, with a schedule that can follow it."""
+    minutes = config.train.minutes
+    if minutes is None:
+        return
+    if not 0 < minutes < math.inf:
+        raise ConfigError(
+            "train.minutes must be above 0 and finite.", got=minutes, hint="--train.minutes none: train.steps"
+        )
+    if minutes > LARGEST:
+        raise ConfigError("train.minutes is too large.", got=minutes, expected=f"at most {LARGEST}")
+    if config.optim.decay_steps is not None:
+        raise ConfigError(
+            f"optim.decay_steps={config.optim.decay_steps} fixes the schedule that train.minutes={minutes:g} fits to"
+            " the time.",
+            hint="--optim.decay-steps none",
+        )
+
+
+def with_steps(plan: Plan, steps: int) -> Plan:
+    """The plan with another number of steps, and what follows from it."""
+    if steps == plan.steps:
+        return plan
+    share = steps / plan.steps
+    tokens = steps * (plan.total_tokens // plan.steps)
+    return dataclasses.replace(
+        plan,
+        steps=steps,
+        total_tokens=tokens,
+        epochs=plan.epochs * share if plan.epochs is not None else None,
+        total_flops=plan.flops_per_token * tokens,
+        time_s=plan.time_s * share if plan.time_s is not None else None,
+    )
 
 
 def _check_ranks(config: Config, world: int, dtype: str) -> None:

@@ -36,7 +36,7 @@ from regpt.train.dist import Ranks, joined
 from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
 from regpt.train.machine import Machine, probe, using
-from regpt.train.plan import Plan, as_dict, make_plan
+from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
 from regpt.train.track import check_trackers, make_trackers
@@ -64,6 +64,9 @@ class TrainResult:
     val_bits_per_byte: float | None
     tokens_per_second: float | None
     seconds: float
+    """Of training steps."""
+    elapsed_s: float
+    """Of the whole loop, over all sittings: what train.minutes counts."""
     run: str
 
 
@@ -135,7 +138,7 @@ def _train(
         opened = ranks.together(lambda: RunDirectory.open(run.path, fresh=fresh) if ranks.main else run)
         run = stack.enter_context(opened)
         try:
-            plan = with_time(plan, config, machine)
+            plan = _same_steps(with_time(plan, config, machine), ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
             try:
@@ -159,6 +162,11 @@ def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ran
     ranks.together(lambda: _same_plan(plan, ranks))
     ranks.together(lambda: _check_memory(plan, machine))
     return plan
+
+
+def _same_steps(plan: Plan, ranks: Ranks) -> Plan:
+    """The plan with rank 0's steps: for a time budget, each rank has measured for itself how many fit."""
+    return with_steps(plan, ranks.from_main(plan.steps))
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -293,7 +301,7 @@ def _rewind(trainer: Trainer, run: RunDirectory, listen: Listener) -> None:
     if step and not run.lines.path.exists():
         listen("note", step, {"text": f"{run.lines.path} is missing: the log begins anew at step {step}."})
     trainer.rewind()
-    listen("resume", step, {"run": str(run.path)})
+    listen("resume", step, {"run": str(run.path), "total_steps": trainer.total_steps})
 
 
 def _newest(
@@ -397,5 +405,6 @@ def _result(trainer: Trainer, run: RunDirectory) -> TrainResult:
         val_bits_per_byte=s.val_bits_per_byte,
         tokens_per_second=tokens / s.seconds if s.seconds else None,
         seconds=s.seconds,
+        elapsed_s=s.elapsed_s,
         run=str(run.path),
     )
