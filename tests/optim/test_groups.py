@@ -203,7 +203,8 @@ def test_settings_arrive() -> None:
         ({"lr": float("inf")}, "optim.lr must be above 0 and finite.\n  got: inf"),
         ({"beta1": 1.0}, "optim.beta1 must lie in [0, 1).\n  got: 1.0"),
         ({"beta2": -0.1}, "optim.beta2 must lie in [0, 1).\n  got: -0.1"),
-        ({"eps": -1e-8}, "optim.eps must not be negative.\n  got: -1e-08"),
+        ({"eps": 0.0}, "optim.eps must be above 0.\n  got: 0.0"),
+        ({"eps": -1e-8}, "optim.eps must be above 0.\n  got: -1e-08"),
         ({"weight_decay": -0.1}, "optim.weight_decay must not be negative.\n  got: -0.1"),
         (
             {"clip_norm": 0.0},
@@ -221,4 +222,4 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
 
 
 def test_edges_of_the_ranges_pass() -> None:
-    check_adamw(OptimConfig(beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, clip_norm=None))
+    check_adamw(OptimConfig(beta1=0.0, beta2=0.0, eps=1e-300, weight_decay=0.0, clip_norm=None))
