@@ -16,6 +16,7 @@ from typing import Any
 from regpt.config import Config
 from regpt.errors import RegptError
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before torch is loaded
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["regpt.train.session", "rank_child", "torch._dynamo"])
 Fault = tuple[int | None, int, str]  # rank (None: all of them), step, what

@@ -55,6 +55,10 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if (
+        os.environ.get("WORLD_SIZE", "1") != "1"
+    ):  # before torch is loaded: pages of C++ frames where a peer is gone
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.stdout is None:  # closed by the shell: >&-
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
     for stream in (sys.stdout, sys.stderr):
