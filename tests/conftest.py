@@ -12,18 +12,8 @@ from typing import Any
 
 import pytest
 
-from regpt.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    SampleConfig,
-    SaveConfig,
-    TokenizerConfig,
-    TrackConfig,
-    TrainConfig,
-)
+from regpt.config import Config
+from tiny import TINY_TEXT, tiny_config
 
 
 def pytest_configure() -> None:
@@ -42,25 +32,12 @@ def test_data() -> Path:
     return Path(folder)
 
 
-TINY_TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
-
-
 @pytest.fixture
 def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Settings of a run that takes a second, in an empty current folder, on a text of its own, dropout on."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TINY_TEXT, encoding="utf-8")
-    return Config(
-        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(name="bytes"),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
-        train=TrainConfig(steps=12, batch_tokens=256, device="cpu", dtype="float32"),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
-        eval=EvalConfig(every=4),
-        save=SaveConfig(keep=2),
-        sample=SampleConfig(tokens=4),
-        track=TrackConfig(log_every=1),
-    )
+    return tiny_config()
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ import difflib
 import signal
 from collections.abc import Iterable
 
+PEER_EXIT = 4  # the exit status where another process of the run was lost
+
 
 class RegptError(Exception):
     """A sentence to a person: what is wrong, what was got, what was expected, what to try.

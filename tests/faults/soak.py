@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -20,21 +21,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "train")]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "faults"), str(TESTS / "train")]
 from rank_child import said, start, statuses, train  # noqa: E402 (the path is set above)
 from runs import debris, exact, outcome  # noqa: E402
 
-from regpt.config import (  # noqa: E402
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    SampleConfig,
-    TokenizerConfig,
-    TrackConfig,
-    TrainConfig,
-)
+from regpt.config import Config, EvalConfig, SampleConfig  # noqa: E402
+from tiny import tiny_config  # noqa: E402
 
 LIVES = 60  # more than any run of these needs
 FAULTS = ("kill", "kill", "signal", "planted", "frozen", "bit", "torn log", "full", "stale temporary")
@@ -86,19 +79,8 @@ def main() -> int:
 
 
 def _config() -> Config:
-    return exact(
-        Config(
-            data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-            tokenizer=TokenizerConfig(name="bytes"),
-            model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
-            train=TrainConfig(batch_tokens=256, device="cpu", dtype="float32"),
-            optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
-            eval=EvalConfig(every=10),
-            sample=SampleConfig(tokens=3),
-            track=TrackConfig(log_every=1),
-        ),
-        steps=40,
-    )
+    config = dataclasses.replace(tiny_config(), eval=EvalConfig(every=10), sample=SampleConfig(tokens=3))
+    return exact(config, steps=40)
 
 
 def _one(config: Config, out: str, chance: random.Random, met: Counter[str]) -> None:

@@ -19,17 +19,7 @@ import pytest
 from runs import debris, outcome, steps
 
 from regpt.cli import main
-from regpt.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    SampleConfig,
-    SaveConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from regpt.config import Config, EvalConfig, SaveConfig, TokenizerConfig
 from regpt.data.corpus import corpus
 from regpt.data.prepare import prepare
 from regpt.data.sources import open_source
@@ -38,6 +28,7 @@ from regpt.tokenizers.bpe import train_bpe
 from regpt.train import session
 from regpt.train.checkpoint import DamagedCheckpoint, newest_valid, read_checkpoint
 from regpt.train.plan import Plan
+from tiny import tiny_config
 
 TEXT = "<|endoftext|>".join(
     f"{i} little ducks went out one day, over the hills and far away. " * (1 + i % 3) for i in range(150)
@@ -185,15 +176,13 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def config() -> Config:
     """A run of a second, of three checkpoints."""
-    return Config(
-        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(name="bytes"),
-        model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, dropout=0.1),
-        train=TrainConfig(steps=6, batch_tokens=64, device="cpu", dtype="float32", threads=1),
-        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+    tiny = tiny_config()
+    return dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, n_embd=16, block_size=16),
+        train=dataclasses.replace(tiny.train, steps=6, batch_tokens=64, threads=1),
         eval=EvalConfig(every=2),
         save=SaveConfig(keep=3),
-        sample=SampleConfig(tokens=4),
     )
 
 

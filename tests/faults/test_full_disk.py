@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import rank_child
 from rank_child import SPAWN, said, statuses
+from runs import entries, outcome
 
 from regpt.config import Config, EvalConfig, SampleConfig, SaveConfig
 from regpt.train.checkpoint import SaveFailed
@@ -127,25 +128,14 @@ class Outcome:
     names: list[str]
 
 
-def outcome(out: str) -> Outcome:
-    """Every loss to the bit, each once and in order, the samples, and the last weights and moments."""
-
-    def lines(name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
-
-    log, checkpoints = lines("log.jsonl"), Path(out) / "checkpoints"
-    losses = [
-        (e["event"], e["step"], e.get("loss_hex") or e["val_loss_hex"])
-        for e in log
-        if e["event"] in ("step", "eval")
-    ]
-    last = checkpoints / f"step-{SAVES[-1]:06d}"
-    tensors = [(last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
+def found_in(out: str) -> Outcome:
+    """Every loss to the bit, the samples, the last weights and moments; and what was said and saved on the way."""
+    samples = [json.loads(line) for line in (Path(out) / "samples.jsonl").read_text().splitlines()]
     return Outcome(
-        same=[losses, [(e["step"], e["text"]) for e in lines("samples.jsonl")], *tensors],
-        saves=[e["step"] for e in log if e["event"] == "save"],
-        notes=[e["text"] for e in log if e["event"] == "note"],
-        names=sorted(os.listdir(checkpoints)),
+        same=[*outcome(out), [(e["step"], e["text"]) for e in samples]],
+        saves=[e["step"] for e in entries(out, "save")],
+        notes=[e["text"] for e in entries(out, "note")],
+        names=sorted(os.listdir(Path(out) / "checkpoints")),
     )
 
 
@@ -208,7 +198,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(
         with disk("whole"):
             assert live(config, "whole") == 0, said("whole", 0)
             last = Path("whole") / "checkpoints" / f"step-{SAVES[-1]:06d}"
-            undisturbed["whole"] = outcome("whole"), checkpoint_bytes(last)
+            undisturbed["whole"] = found_in("whole"), checkpoint_bytes(last)
     whole, needed = undisturbed["whole"]
     assert whole.saves == SAVES and whole.notes == []
     offsets = spread(needed + 4 * PAGE)  # the last ones have room for a page of the log, too
@@ -224,11 +214,11 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(
                 assert sorted(os.listdir(checkpoints)) == [f"step-{step:06d}" for step in kept], out
                 (Path(out) / "ballast").unlink()
                 assert live(config, out) == 0, said(out, 0)
-                found, saves = outcome(out), SAVES
+                found, saves = found_in(out), SAVES
                 assert found.notes == [], out
             else:
                 assert live(config, out, offset) == 0, said(out, 0)
-                found = outcome(out)
+                found = found_in(out)
                 fails = FILLED not in found.saves
                 saves = [step for step in SAVES if not (fails and step == FILLED)]
                 assert len(found.notes) == fails, found.notes

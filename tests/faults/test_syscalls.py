@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from rank_child import SPAWN
-from test_checkpoint_crashes import WORK, Work, check_recovery, save
+from test_checkpoint_crashes import WORK, Work, check_recovery, save, two_saved
 
 from regpt.train.checkpoint import SaveFailed, checkpoint_name, read_checkpoint
 
@@ -153,10 +153,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 10 and 20, each holding its own number."""
-    folder = tmp_path_factory.mktemp("before") / "checkpoints"
-    save(folder, 10, 10.0)
-    save(folder, 20, 20.0)
-    return folder
+    return two_saved(tmp_path_factory.mktemp("before") / "checkpoints")
 
 
 def wrong(how: str, work: Work, folder: Path, end: str) -> str | None:

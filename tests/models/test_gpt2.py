@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
-from regpt.models.gpt2 import GPT2, IGNORE
+from regpt.models import IGNORE
+from regpt.models.gpt2 import GPT2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from regpt.config import ModelConfig
-from regpt.models.gpt2 import GPT2, IGNORE
+from regpt.models import IGNORE
+from regpt.models.gpt2 import GPT2
 
 hf = pytest.importorskip("transformers")
 

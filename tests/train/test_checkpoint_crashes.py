@@ -64,13 +64,17 @@ def save(folder: Path, step: int, value: float) -> None:
     save_checkpoint(folder, step=step, model=made, optimizer={"w.exp_avg": made["w"]}, state={"value": value})
 
 
-@pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 10 and 20, each holding its own number."""
-    folder = tmp_path_factory.mktemp("before") / "checkpoints"
+def two_saved(folder: Path) -> Path:
+    """Steps 10 and 20 in it."""
     save(folder, 10, 10.0)
     save(folder, 20, 20.0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 10 and 20, each holding its own number."""
+    return two_saved(tmp_path_factory.mktemp("before") / "checkpoints")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO, cast
 
 from regpt import __version__
@@ -67,11 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     notes = cast(TextIO, _Notes(sys.stderr or io.StringIO()))  # None where the shell closed it: 2>&-
     with contextlib.redirect_stderr(notes):
         status = _run(words)
-    if folder := os.environ.get(
-        "REGPT_STATUS_FOLDER"
-    ):  # of train/launch.py, which is not imported for a plain command
-        with contextlib.suppress(OSError):
-            (Path(folder) / os.environ.get("RANK", "0")).write_text(str(status))
+    if "RANK" in os.environ:
+        from regpt.train.launch import leave_status
+
+        leave_status(status)
     return status
 
 

@@ -15,7 +15,7 @@ from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards
 from regpt.data.sources import Source, is_remote, open_source
 from regpt.errors import ConfigError, DataError
 from regpt.paths import user_path
-from regpt.tokenizers import KINDS, Tokenizer, check_entries, load_tokenizer, open_tokenizer
+from regpt.tokenizers import KINDS, SIZES, Tokenizer, check_entries, load_tokenizer, open_tokenizer
 
 Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
@@ -161,7 +161,7 @@ def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
 
     Touches and downloads nothing. What the text has to say (how many characters) is guessed until it is prepared.
     """
-    sizes = {"gpt2": 50257, "bytes": 257, "bpe": config.tokenizer.vocab_size, "chars": GUESSED_CHARACTERS + 1}
+    sizes = SIZES | {"bpe": config.tokenizer.vocab_size, "chars": GUESSED_CHARACTERS + 1}
     name = config.tokenizer.name
     if name == "bpe":
         check_entries(config.tokenizer.vocab_size)

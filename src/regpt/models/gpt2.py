@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
-from regpt.models import IGNORE, KVLayers, pad_vocab
+from regpt.models import KVLayers, pad_vocab
 from regpt.models.attention import attend
+from regpt.models.loss import cross_entropy
 from regpt.models.shape import check_shape
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
@@ -144,19 +145,6 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.wte.weight, cast(Tensor, self.pad_bias).to(hidden.dtype))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits (B, T, V), or, given targets (B, T), the cross-entropy in nats, computed in float32.
-
-        Args:
-            targets: int64; `IGNORE` (-1) does not count.
-            reduction: mean (over the targets that count), sum, or none for (B, T).
-        """
+        """Logits (B, T, V), or, given targets (B, T), their `cross_entropy`."""
         logits = self.head(self.hidden(ids))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.float().view(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            ignore_index=IGNORE,
-            reduction=reduction,
-        )
-        return loss.view_as(targets) if reduction == "none" else loss
+        return logits if targets is None else cross_entropy(logits, targets, reduction)

@@ -120,15 +120,15 @@ def memory_estimate(
     if device_type == "cpu":
         factors = CPU_ONE_PASS if n_micro == 1 else CPU_SEVERAL_PASSES[dtype]
         activations, logits = round(activations * factors[0]), round(logits * factors[1])
-    if n_micro > 1:
+    if exact_sums:
+        gradients = (1 + (n_micro - 1).bit_length()) * 4 * n.stored + head
+    elif n_micro > 1:
         gradients = 4 * n.stored + head
     elif device_type != "cpu":
         gradients = max(head, 4 * n.stored - activations - logits)
     else:
         gradients = max(head, round(CPU_GRADIENTS * 4 * n.stored) - activations - logits)
     moments = 8 * n.stored - (4 * n.matrices if optimizer == "muon" else 0)
-    if exact_sums:
-        gradients = (1 + (n_micro - 1).bit_length()) * 4 * n.stored + head
     gathered = 0
     if shards > 1:  # what is not in layers, and two layers, one of them ahead of time
         gathered = 4 * (n.stored - n.blocks) + 2 * 4 * n.blocks // config.n_layer

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError
-from regpt.models import IGNORE, KVLayers, pad_vocab
+from regpt.models import KVLayers, pad_vocab
 from regpt.models.attention import attend
+from regpt.models.loss import cross_entropy
 from regpt.models.shape import VALUE_GATE_CHANNELS, check_model, has_values, rotated_dimensions, window_of
 
 MLP_RATIO = 4
@@ -254,19 +255,6 @@ class Modern(nn.Module):
         return cap * torch.tanh(F.linear(hidden, matrix).float() / cap) + bias
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits (B, T, V), or, given targets (B, T), the cross-entropy in nats, computed in float32.
-
-        Args:
-            targets: int64; `IGNORE` (-1) does not count.
-            reduction: mean (over the targets that count), sum, or none for (B, T).
-        """
+        """Logits (B, T, V), or, given targets (B, T), their `cross_entropy`."""
         logits = self.head(self.hidden(ids))
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.float().view(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            ignore_index=IGNORE,
-            reduction=reduction,
-        )
-        return loss.view_as(targets) if reduction == "none" else loss
+        return logits if targets is None else cross_entropy(logits, targets, reduction)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from regpt.config import ModelConfig, ModernConfig, differences
 from regpt.errors import ConfigError
 
-VALUE_GATE_CHANNELS = (
-    12  # of the stream, which a head's gate of its value embedding reads; nanochat and modded-nanogpt
-)
+# Of the stream, which a head's gate of its value embedding reads; nanochat and modded-nanogpt.
+VALUE_GATE_CHANNELS = 12
 MOST_LAYERS = 10_000  # to build more modules than that takes minutes, and nobody means it
 BIGRAM_VOCAB = 1024  # up to which pairs of ids have a row each: a million rows
 

@@ -21,13 +21,18 @@ def decayed_names(model: nn.Module, decay: str) -> set[str]:
     matrices: everything of two dimensions or more, embeddings too (GPT-3, nanoGPT); linear: without embeddings;
     all: norms and biases as well.
     """
-    embeddings = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
-    }
+    embeddings = _embeddings(model)
     return {
         name
         for name, p in model.named_parameters()
         if decay == "all" or (p.dim() >= 2 and not (decay == "linear" and id(p) in embeddings))
+    }
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """The identities of what is looked up; a head that is tied to it is one with it."""
+    return {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
 
 
@@ -60,9 +65,7 @@ def make_optimizer(
 
 def roles(model: nn.Module) -> dict[str, str]:
     """What each parameter is to `muon`: matrix (of a layer), embedding (looked up), head, or scalar (all that is left)."""
-    embeddings = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
-    }
+    embeddings = _embeddings(model)
 
     def role(name: str, p: nn.Parameter) -> str:
         if name.startswith("h.") and name.endswith(tuple(MATRICES)):

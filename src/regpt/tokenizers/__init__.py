@@ -17,6 +17,8 @@ END_OF_TEXT = "<|endoftext|>"
 MOST_ENTRIES = 1 << 22  # of a tokenizer that is trained
 HEADER = "regpt-tokenizer.json"
 FORMAT = 1
+SIZES = {"gpt2": 50257, "bytes": 257}  # ids of those that no text is needed for
+LEAST_ENTRIES = 257  # of a tokenizer that is trained: 256 bytes and END_OF_TEXT
 KINDS = ("gpt2", "chars", "bytes", "bpe")
 """Each is a module of this package, with `load(folder)`."""
 
@@ -70,12 +72,12 @@ def check_entries(vocab_size: int) -> None:
     Raises:
         ConfigError: it has no room for the 256 bytes and `<|endoftext|>`, or is beyond all use.
     """
-    if not 257 <= vocab_size <= MOST_ENTRIES:
-        size = "small" if vocab_size < 257 else "large"
+    if not LEAST_ENTRIES <= vocab_size <= MOST_ENTRIES:
+        size = "small" if vocab_size < LEAST_ENTRIES else "large"
         raise ConfigError(
             f"tokenizer.vocab_size is too {size} for a bpe tokenizer.",
             got=f"{vocab_size:,}"[:24],
-            expected=f"257 or more: 256 bytes, {END_OF_TEXT}, and the merges; at most {MOST_ENTRIES:,}",
+            expected=f"{LEAST_ENTRIES} or more: 256 bytes, {END_OF_TEXT}, and the merges; at most {MOST_ENTRIES:,}",
         )
 
 

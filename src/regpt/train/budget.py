@@ -16,9 +16,8 @@ from typing import Any
 from regpt.config import Config, OptimConfig
 from regpt.optim.schedule import decay_start
 
-RECENT_STEPS = (
-    20  # whose median is the speed: a pause of the machine does not move it, a slower machine does, soon
-)
+# Whose median is the speed: a pause of the machine does not move it, a slower machine does, soon.
+RECENT_STEPS = 20
 UNMEASURED_STEPS = 2  # of each sitting: they compile, and ask for memory
 ENOUGH_STEPS = 3  # measured before the first estimate gives way to them
 TOLERANCE = 0.02  # of the steps left: by less than this the total does not follow the speed

@@ -27,18 +27,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from regpt.errors import ConfigError, PeerFailed, RegptError
+from regpt.errors import PEER_EXIT, ConfigError, PeerFailed, RegptError
+from regpt.train.launch import LAUNCHER
 
 Result = TypeVar("Result")
 
 BEAT_S = 1.0  # every process says so often that it is alive,
 SILENT_S = 20.0  # and is given up when it has not for so long: stopped, swapped out, or its host is gone
-LAUNCHER = "REGPT_LAUNCHER"  # the process of `regpt train --nproc`, where that started us
 JOIN_S = 300.0  # processes are started together: the longest that one may take to load its libraries
 JOIN_POLL_S = 0.02
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
 OVER = "over"  # what a process leaves that has ended by itself
-PEER_EXIT = 4  # the exit status where another rank's silence ended us
 
 
 @dataclass(kw_only=True)
@@ -148,29 +147,19 @@ def joined(kind: str) -> Iterator[Ranks]:
     if world == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    stop_watching_parent = _leave_with_the_parent()
-    try:
-        store, rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
-        ranks = Ranks(
-            rank=rank,
-            world=world,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            store=_of_this_life(store, rank, world),
-        )
-    except ValueError as e:  # what torchrun says in the environment is not what torchrun says
-        stop_watching_parent()
-        raise ConfigError(f"rank {os.environ['RANK']} of {world} was not started by torchrun: {e}") from e
-    except RuntimeError as e:
-        stop_watching_parent()
-        raise _lost(Ranks(rank=int(os.environ["RANK"]), world=world, doing="joining"), e) from e
     orderly = False
-    with _watched(ranks):
+    with contextlib.ExitStack() as joining:
+        joining.enter_context(_leaving_with_the_parent())
+        ranks = _meet(world)
+        stop_watching = _watch_one_another(ranks)
         try:
             timeout = datetime.timedelta(seconds=COLLECTIVE_S)
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backend, store=ranks.store, rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(
+                backend, store=ranks.store, rank=ranks.rank, world_size=ranks.world, timeout=timeout
+            )
             never_free(dist.group.WORLD)
-            stop_watching_parent()
+            joining.close()
             yield ranks
             dist.barrier()  # whoever has more to close is still heard
             orderly = True
@@ -182,16 +171,17 @@ def joined(kind: str) -> Iterator[Ranks]:
                 raise
             raise _lost(ranks, e) from e
         finally:
-            if dist.is_initialized() and (
-                orderly or kind != "cuda"
-            ):  # NCCL waits for a peer that will not come
+            # NCCL waits for a peer that will not come.
+            if dist.is_initialized() and (orderly or kind != "cuda"):
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
+            stop_watching(orderly)
 
 
-def _leave_with_the_parent() -> Callable[[], None]:
-    """Until what is returned is called: leave if the process that started us is gone. Whoever is left behind before it
-    has joined would ask a rendezvous that nobody answers; afterwards the heartbeat notices."""
+@contextlib.contextmanager
+def _leaving_with_the_parent() -> Iterator[None]:
+    """While open, leave if the process that started us is gone. Whoever is left behind before it has joined would ask a
+    rendezvous that nobody answers; afterwards the heartbeat notices."""
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
     over = threading.Event()
 
@@ -202,7 +192,26 @@ def _leave_with_the_parent() -> Callable[[], None]:
                 os._exit(PEER_EXIT)
 
     threading.Thread(target=watch, name="regpt-parent", daemon=True).start()
-    return over.set
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _meet(world: int) -> Ranks:
+    """Our place, by what torchrun says in the environment, and a store for the processes of this start."""
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S)))
+        return Ranks(
+            rank=rank,
+            world=world,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            store=_of_this_life(store, rank, world),
+        )
+    except ValueError as e:  # what torchrun says in the environment is not what torchrun says
+        raise ConfigError(f"rank {os.environ['RANK']} of {world} was not started by torchrun: {e}") from e
+    except RuntimeError as e:
+        raise _lost(Ranks(rank=int(os.environ["RANK"]), world=world, doing="joining"), e) from e
 
 
 def _lost(ranks: Ranks, error: RuntimeError) -> PeerFailed:
@@ -258,36 +267,30 @@ def _connection_lost(error: RuntimeError) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _watched(ranks: Ranks) -> Iterator[None]:
-    """While open, we say that we are alive, and leave when another process has not said so for long.
+def _watch_one_another(ranks: Ranks) -> Callable[[bool], None]:
+    """Until what is returned is called, say that we are alive, and leave when another process has not said so for long.
 
     Two threads: one that asks the store, and one that asks nobody, for where the store's own process or host is what
-    froze the first one waits in it for ever.
+    froze the first one waits in it for ever. What is returned is told whether all processes end as we do: then the others
+    need not wait for us any more. Of one that ends alone they must hear nothing.
     """
     over, round_s = threading.Event(), [time.monotonic()]
-    threads = [
-        threading.Thread(target=_watch, args=(ranks, over, round_s), name="regpt-heartbeat", daemon=True),
-        threading.Thread(
-            target=_watch_the_watch, args=(ranks, over, round_s), name="regpt-watch", daemon=True
-        ),
-    ]
-    for thread in threads:
-        thread.start()
-    orderly = False
-    try:
-        yield
-        orderly = True
-    except RegptError as e:
-        orderly = e.shared
-        raise
-    finally:
+    heartbeat = threading.Thread(
+        target=_watch, args=(ranks, over, round_s), name="regpt-heartbeat", daemon=True
+    )
+    heartbeat.start()
+    threading.Thread(
+        target=_watch_the_watch, args=(ranks, over, round_s), name="regpt-watch", daemon=True
+    ).start()
+
+    def stop(orderly: bool) -> None:
         over.set()
-        # The others need not wait for us any more; of who ends alone, they must hear nothing.
-        threads[0].join(timeout=2 * BEAT_S)
-        if orderly and not threads[0].is_alive():
+        heartbeat.join(timeout=2 * BEAT_S)
+        if orderly and not heartbeat.is_alive():
             with contextlib.suppress(RuntimeError):
                 ranks.store.set(f"regpt/beat/{ranks.rank}", OVER)
+
+    return stop
 
 
 def _watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
@@ -326,9 +329,8 @@ def _end(store: Any, other: int) -> None:
 def _watch_the_watch(ranks: Ranks, over: threading.Event, round_s: list[float]) -> None:
     """Leave when the store has not answered for long."""
     while not over.wait(BEAT_S):
-        if (
-            time.monotonic() - round_s[0] > SILENT_S + 2 * BEAT_S
-        ):  # whoever is named by `_watch` is named first
+        # Whoever is named by `_watch` is named first.
+        if time.monotonic() - round_s[0] > SILENT_S + 2 * BEAT_S:
             _give_up(ranks, None, "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -13,14 +14,19 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from regpt.errors import ConfigError, PeerFailed
-from regpt.train.dist import LAUNCHER, PEER_EXIT
+from regpt.errors import PEER_EXIT, ConfigError, PeerFailed
 
 MOST_PROCESSES = 1024  # on one machine
-STATUS_FOLDER = (
-    "REGPT_STATUS_FOLDER"  # where our processes leave their exit statuses, each in a file of its rank
-)
+LAUNCHER = "REGPT_LAUNCHER"  # in the environment of our processes: who started them,
+STATUS_FOLDER = "REGPT_STATUS_FOLDER"  # and where they leave their exit statuses, each in a file of its rank
 SAVE_S = 600  # that processes have for saving after a signal, before torchrun ends them
+
+
+def leave_status(status: int) -> None:
+    """Tell the launcher, if one started this process, how it ends."""
+    if folder := os.environ.get(STATUS_FOLDER):
+        with contextlib.suppress(OSError):
+            (Path(folder) / os.environ.get("RANK", "0")).write_text(str(status))
 
 
 def launch(nproc: int, words: list[str]) -> int:

@@ -47,9 +47,7 @@ from regpt.train.track import Tracker
 # Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory),
 EVAL_TOKENS = {"cpu": 2_048}
 EVAL_TOKENS_ELSEWHERE = 16_384
-EVAL_LOGITS = (
-    1 << 22
-)  # and with at most so many logits, so that evaluating needs no more memory than training
+EVAL_LOGITS = 1 << 22  # and at most so many logits, so that evaluating needs no more memory than training
 SPIKE_WINDOW = 100  # losses that a spike is measured against
 MAX_BAD = 10  # bad steps, each within so many of the one before, after which no policy goes on
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
@@ -410,8 +408,7 @@ class Trainer:
             f"the {what} at step {s.step} is {number}; the update was not made.",
             got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
             f"{learning_rate(s.step, self.optim, self.total_steps, decayed=self.decayed):.2e}, {self.plan.dtype}",
-            hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; the last checkpoint "
-            f"is of step {self.kept_step}",
+            hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; {self.last_checkpoint}",
         )
         s.scaler.update()  # it was asked to unscale, and is not asked to step
         s.optimizer.zero_grad(set_to_none=True)
@@ -436,6 +433,11 @@ class Trainer:
         s = self.state
         s.bad_in_a_row = s.bad_in_a_row + 1 if s.step <= s.last_bad_step + MAX_BAD else 1
         s.last_bad_step = s.step
+
+    @property
+    def last_checkpoint(self) -> str:
+        """What a message says of it."""
+        return f"the last checkpoint is of step {'none' if self.kept_step is None else self.kept_step}"
 
     def weights_finite(self) -> bool:
         """Whether every weight on every rank is a number."""
@@ -515,12 +517,11 @@ class Trainer:
         """
         s, ranks = self.state, self.ranks
         self.settle()
-        if (
-            not self.weights_finite()
-        ):  # it would be what the run goes back to, and would push the good ones out
+        # They would be what the run goes back to, and would push the good ones out.
+        if not self.weights_finite():
             error = TrainingDiverged(
                 f"weights are not finite at step {s.step}; they were not saved.",
-                hint=f"a lower --optim.lr or a larger --optim.eps; the last checkpoint is of step {self.kept_step}",
+                hint=f"a lower --optim.lr or a larger --optim.eps; {self.last_checkpoint}",
             )
             self._count_bad_step()
             if self.config.train.on_bad_step != "rollback" or s.bad_in_a_row > MAX_BAD:
@@ -536,9 +537,8 @@ class Trainer:
             state |= {"optimizer_scalars": scalars, "scaler": s.scaler.state_dict()}
             state["pace"] = dataclasses.asdict(s.pace) if s.pace else None
             in_background = self.config.save.in_background and not required
-            if (
-                in_background and not self.gradients.sharded
-            ):  # training changes them meanwhile; shards were copied
+            # Training changes them meanwhile; what was in shards is a copy.
+            if in_background and not self.gradients.sharded:
                 model, optimizer = (
                     {k: t.detach().to("cpu", copy=True) for k, t in x.items()} for x in (model, optimizer)
                 )

@@ -29,7 +29,7 @@ from regpt.errors import (
 )
 from regpt.models import build_model
 from regpt.paths import user_path
-from regpt.tokenizers import Tokenizer
+from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
 from regpt.train.dist import Ranks, joined
@@ -196,7 +196,7 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
 
 def _least_vocabulary(config: Config) -> int:
     """Of the tokenizer, as far as it is known before the text is read."""
-    return {"gpt2": 50257, "bytes": 257, "bpe": 257}.get(config.tokenizer.name, 1)
+    return (SIZES | {"bpe": LEAST_ENTRIES}).get(config.tokenizer.name, 1)
 
 
 def _check_memory(plan: Plan, machine: Machine) -> None:

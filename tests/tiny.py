@@ -1,0 +1,33 @@
+"""The settings of a run that takes a second, and its text."""
+
+from __future__ import annotations
+
+from regpt.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SampleConfig,
+    SaveConfig,
+    TokenizerConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+TINY_TEXT = "".join(f"{i} little ducks went out one day, over the hills and far away. " for i in range(400))
+
+
+def tiny_config() -> Config:
+    """On text.txt in the current folder, dropout on."""
+    return Config(
+        data=DataConfig(source="text.txt", val_fraction=0.1, workers=1),
+        tokenizer=TokenizerConfig(name="bytes"),
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.1),
+        train=TrainConfig(steps=12, batch_tokens=256, device="cpu", dtype="float32"),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2),
+        eval=EvalConfig(every=4),
+        save=SaveConfig(keep=2),
+        sample=SampleConfig(tokens=4),
+        track=TrackConfig(log_every=1),
+    )
