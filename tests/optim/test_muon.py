@@ -140,6 +140,17 @@ def small(arch: str = "modern", seed: int = 0) -> Any:
     return build_model(config, 65)
 
 
+def test_the_iteration_has_the_dtype_of_the_runs_products() -> None:
+    """bfloat16 where the run's is; else float32."""
+    for dtype, products in (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float32),
+    ):
+        optimizer = make_optimizer(small(), MUON, "cpu", dtype=dtype)
+        assert isinstance(optimizer, Muon) and optimizer.dtype == products
+
+
 def test_what_is_no_matrix_follows_adamw_to_the_bit() -> None:
     """The same rates for all, the same gradients: torch.optim.AdamW's result."""
     ours, theirs = small(), small()

@@ -19,6 +19,7 @@ from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models import KVLayers, pad_vocab
 from regpt.models.attention import attend
+from regpt.models.elementwise import relu_squared, rms_norm
 from regpt.models.loss import cross_entropy
 from regpt.models.shape import VALUE_GATE_CHANNELS, check_model, has_values, rotated_dimensions, window_of
 
@@ -39,7 +40,7 @@ def normalized(x: Tensor, kind: str = "rms") -> Tensor:
     or freed of its mean and divided by its standard deviation (`layer`)."""
     if kind == "layer":
         return F.layer_norm(x, x.shape[-1:])
-    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return rms_norm(x, NORM_EPS)
 
 
 def turns(config: ModelConfig) -> Tensor:
@@ -115,7 +116,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
-        x = F.relu(x).square() if self.activation == "relu2" else F.gelu(x, approximate="tanh")
+        x = relu_squared(x) if self.activation == "relu2" else F.gelu(x, approximate="tanh")
         return cast(Tensor, self.dropout(self.c_proj(x)))
 
 

@@ -45,12 +45,14 @@ def make_optimizer(
     config: OptimConfig,
     device_type: str,
     *,
+    dtype: str = "float32",
     ranks: Ranks | None = None,
     exact: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that `config.name` names.
 
     Args:
+        dtype: of the run's matrix products; in bfloat16, Muon's are too.
         ranks: among whom Muon divides its work.
         exact: the result must not depend on their number. On a GPU, where a product's last bits may depend on how many
             are computed together, every rank then does all of the work.
@@ -60,7 +62,9 @@ def make_optimizer(
     """
     if config.name == "adamw":
         return adamw(model, config, device_type)
-    return muon(model, config, device_type, ranks=None if exact and device_type != "cpu" else ranks)
+    alone = exact and device_type != "cpu"
+    products = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return muon(model, config, device_type, dtype=products, ranks=None if alone else ranks)
 
 
 def roles(model: nn.Module) -> dict[str, str]:
@@ -77,7 +81,14 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def muon(model: nn.Module, config: OptimConfig, device_type: str, *, ranks: Ranks | None = None) -> Muon:
+def muon(
+    model: nn.Module,
+    config: OptimConfig,
+    device_type: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
+) -> Muon:
     """Muon for the layers' matrices, AdamW for the rest, in a group for every role (`roles`) and whether it decays.
 
     A group's `lr_scale` is its peak rate over `optim.lr`: one schedule moves all (`optim/schedule.set_rates`).
@@ -120,7 +131,7 @@ def muon(model: nn.Module, config: OptimConfig, device_type: str, *, ranks: Rank
                 betas, fused = (config.beta1, config.beta2), device_type in FUSED
                 of_kind = {"kind": "adam", "betas": betas, "eps": config.eps, "fused": fused}
             groups += [group | of_kind] if names else []
-    return Muon(groups, method=config.orthogonalize, ranks=ranks)
+    return Muon(groups, method=config.orthogonalize, dtype=dtype, ranks=ranks)
 
 
 def adamw(model: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:

@@ -14,10 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-from regpt.train.dist import Ranks
+from regpt.train.dist import Ranks, is_sharded, sharded_like
 
 Coefficients = Sequence[tuple[float, float, float]]
 # X -> aX + b(XXᵀ)X + c(XXᵀ)²X. Jordan's numbers rise fastest near 0 and end within 0.7 to 1.2, which is near enough.
@@ -63,7 +62,7 @@ class Muon(torch.optim.Optimizer):
             `cautious` and `parts`, parallel to the parameters: into how many matrices, one upon the other, each splits;
             of kind adam `betas`, `eps` and `fused`.
         method: newton_schulz or polar_express.
-        dtype: of the iteration. None: bfloat16 on CUDA, else float32.
+        dtype: of the iteration; where bfloat16 has hardware, it is precise enough (modded-nanogpt never used another).
         ranks: who shares the work; their gradients are equal, or shards of one. None: everyone does all of it.
 
     Momentum is a "momentum_buffer" beside each matrix, as of `torch.optim.Muon`; AdamW's state is `torch.optim.AdamW`'s.
@@ -75,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         groups: Iterable[dict[str, Any]],
         *,
         method: str = "newton_schulz",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         ranks: Ranks | None = None,
     ) -> None:
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "capturable": False, "fused": False}
@@ -100,8 +99,8 @@ class Muon(torch.optim.Optimizer):
             parts = [next(results) for _ in range(split[id(p)])]
             rows, columns = parts[0].shape
             update = torch.cat(parts).to(p.dtype)
-            if isinstance(p, DTensor):
-                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+            if is_sharded(p):
+                update = sharded_like(update, p)
             decay = group["lr"] * group["weight_decay"]
             if decay and group["cautious"]:
                 p.sub_(p * (update * p >= 0), alpha=decay)
@@ -117,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - momentum)
         update = grad.lerp(buffer, momentum)
-        return update.full_tensor() if isinstance(update, DTensor) else update
+        return update.full_tensor() if is_sharded(update) else update
 
     def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
         """Each matrix's polar factor; those of one shape, or its transpose, in one batch, of which we compute our share."""
@@ -129,8 +128,7 @@ class Muon(torch.optim.Optimizer):
             share = -(-len(members) // self.ranks.world)
             ours = members[self.ranks.rank * share : (self.ranks.rank + 1) * share]
             first = matrices[members[0]]
-            dtype = self.dtype or (torch.bfloat16 if first.device.type == "cuda" else torch.float32)
-            batch = torch.zeros(share, *sorted(first.shape), dtype=dtype, device=first.device)
+            batch = torch.zeros(share, *sorted(first.shape), dtype=self.dtype, device=first.device)
             for row, i in enumerate(ours):
                 batch[row].copy_(_wide(matrices[i]))
             done = torch.cat(self.ranks.gathered(orthogonalize(batch, *ITERATIONS[self.method])))

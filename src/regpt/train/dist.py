@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from torch.distributed.rendezvous import rendezvous
 from regpt.errors import PEER_EXIT, ConfigError, PeerFailed, RegptError
 from regpt.train.launch import LAUNCHER
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Result = TypeVar("Result")
 
 BEAT_S = 1.0  # every process says so often that it is alive,
@@ -38,6 +41,20 @@ JOIN_S = 300.0  # processes are started together: the longest that one may take 
 JOIN_POLL_S = 0.02
 COLLECTIVE_S = 6 * 3600.0  # the longest that one rank may work alone while others wait: preparing text, say
 OVER = "over"  # what a process leaves that has ended by itself
+
+
+def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
+    """Whether x is one rank's part of a tensor (FSDP2)."""
+    # To import DTensor takes a second, and only who has made one needs it.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def sharded_like(x: Tensor, model: DTensor) -> DTensor:
+    """Our part of x, which every rank has whole, divided as `model` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, model.device_mesh, model.placements, src_data_rank=None)
 
 
 @dataclass(kw_only=True)

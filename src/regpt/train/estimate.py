@@ -72,7 +72,7 @@ def _pass_and_update_s(
     """Seconds of a forward and backward pass over `rows` of `block_size`, and of an update: each the best of some."""
     shape = dataclasses.replace(config.model, n_layer=n_layer, block_size=block_size)
     model = build_model(shape, plan.vocab_size).to(machine.device)
-    optimizer = make_optimizer(model, config.optim, machine.kind)
+    optimizer = make_optimizer(model, config.optim, machine.kind, dtype=plan.dtype)
     ids = torch.zeros(rows, shape.block_size, dtype=torch.int64, device=machine.device)
     best_pass = best_update = float("inf")
     began = None

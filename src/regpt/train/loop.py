@@ -129,7 +129,12 @@ class Trainer:
         self.state = TrainState(
             model=model,
             optimizer=make_optimizer(
-                model, config.optim, machine.kind, ranks=ranks, exact=plan.reduction == "exact"
+                model,
+                config.optim,
+                machine.kind,
+                dtype=plan.dtype,
+                ranks=ranks,
+                exact=plan.reduction == "exact",
             ),
             scaler=torch.amp.GradScaler(machine.kind, enabled=plan.dtype == "float16"),
         )

@@ -16,13 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from regpt.config import Config
-from regpt.train.dist import Ranks, never_free
+from regpt.train.dist import Ranks, is_sharded, never_free, sharded_like
 from regpt.train.plan import Plan
 
 BUCKET_BYTES = 25 << 20  # of gradients gathered at a time by the exact sum
@@ -68,7 +65,7 @@ class Gradients:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.plan, self.ranks, self.model = plan, ranks, model
         self.exact = plan.reduction == "exact"
-        self.sharded = isinstance(model, FSDPModule)
+        self.sharded = plan.strategy == "fsdp"
         self.ddp: DistributedDataParallel | None = None
         if ranks.world > 1 and not self.exact and not self.sharded:
             # Our one buffer is a constant. PyTorch 2.13 renamed the setting that stops it being sent before every pass.
@@ -85,7 +82,7 @@ class Gradients:
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = last
         elif self.sharded:
-            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+            cast(Any, self.model).set_requires_gradient_sync(last)
 
     def after(self, micro_loss: Tensor) -> None:
         """After the backward pass of one micro-batch whose mean loss is `micro_loss`, undivided."""
@@ -119,7 +116,7 @@ class Gradients:
 
     def local_parameters(self) -> list[Tensor]:
         """What this rank holds of every parameter."""
-        return [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters]
+        return [p.to_local() if is_sharded(p) else p for p in self.parameters]
 
     def _exact(self) -> None:
         local, self._tree = self._tree.result(), TreeSum()
@@ -142,6 +139,10 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
 
     With `train.shard_group` n, groups of n ranks hold a whole model each (hybrid sharding): gathering stays inside a group.
     """
+    # These imports take a second, which only a sharded run has to spend.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     # It warns of in-place operations on what a model returns; there are none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     kind = device.partition(":")[0]
@@ -166,9 +167,9 @@ def whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """
     out = {}
     for name, t in tensors.items():
-        full = t.full_tensor() if isinstance(t, DTensor) else t
+        full = t.full_tensor() if is_sharded(t) else t
         if ranks.main:
-            out[name] = full.cpu() if isinstance(t, DTensor) else full
+            out[name] = full.cpu() if is_sharded(t) else full
     return out
 
 
@@ -194,8 +195,8 @@ def spread(
         if full is not None:
             received.copy_(full)
         ranks.broadcast(received)
-        if isinstance(model, DTensor) and model.shape == received.shape:
-            received = distribute_tensor(received, model.device_mesh, model.placements, src_data_rank=None)
+        if model is not None and is_sharded(model) and model.shape == received.shape:
+            received = sharded_like(received, model)
         yield name, received
 
 
@@ -213,4 +214,4 @@ def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
 def grad_norm(parameters: Iterable[Tensor], clip: float) -> float:
     """Clip the gradients to the norm `clip`; the norm they had, over all ranks' parts."""
     norm: Any = nn.utils.clip_grad_norm_(parameters, clip)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if is_sharded(norm) else norm)
