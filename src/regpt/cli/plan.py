@@ -1,8 +1,12 @@
-"""A dry run: what a preset and its overrides come to in parameters, memory, FLOPs and time. Nothing is touched."""
+"""A dry run: what a preset and its overrides come to in parameters, memory, FLOPs and time. Nothing is touched.
+
+With --hours, --flops or --money: which size of model, on how many tokens, in which batch the budget is best spent on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from regpt.data.shards import Shards
     from regpt.train.machine import Machine
     from regpt.train.plan import Plan
+    from regpt.train.sizing import Budget, Proposal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,12 @@ class Args(CommonArgs):
 
     price: float | None = None
     """Money an hour of this machine costs, to estimate the run's cost."""
+    hours: float | None = None
+    """Propose a model for so many hours of this machine."""
+    flops: float | None = None
+    """Propose a model for so many FLOPs (1e17, say)."""
+    money: float | None = None
+    """Propose a model for so much money, at --price an hour."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
@@ -38,18 +49,18 @@ def main(argv: list[str]) -> int:
     from regpt.train.estimate import with_time
     from regpt.train.machine import probe, using
     from regpt.train.plan import as_dict, make_plan
+    from regpt.train.sizing import budget
 
+    spend = budget(args.hours, args.flops, args.money, args.price)
     config = args.config
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
     vocab_size, sure, shards = known_corpus(config)
+    train_tokens = shards.split("train").n_tokens if shards else None
     with using(machine):
-        plan = make_plan(
-            config,
-            machine,
-            vocab_size=vocab_size,
-            train_tokens=shards.split("train").n_tokens if shards else None,
-        )
+        if spend is not None:
+            return _propose(args, name, spend, machine, vocab_size, sure, train_tokens)
+        plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens)
         plan = with_time(plan, config, machine)
     values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
@@ -60,6 +71,75 @@ def main(argv: list[str]) -> int:
         text += f"\ncost      {cost:,.2f} at {args.price:g} an hour"
     Output(args).result(values, text)
     return 0
+
+
+def _propose(
+    args: Args,
+    preset: str,
+    spend: Budget,
+    machine: Machine,
+    vocab_size: int,
+    sure: bool,
+    train_tokens: int | None,
+) -> int:
+    """Print what each law proposes."""
+    from regpt.train.sizing import OURS, PUBLISHED, propose
+
+    own = OURS.get(args.config.model.arch)
+    laws = [law for law in (own, PUBLISHED) if law is not None]
+    proposals = [
+        propose(args.config, machine, law, spend, vocab_size=vocab_size, train_tokens=train_tokens)
+        for law in laws
+    ]
+    if spend.flops is not None:
+        lines = [f"budget    {spend.flops:.2e} FLOPs"]
+    else:
+        money = f", {args.money:g} at {args.price:g} an hour" if args.money is not None else ""
+        lines = [f"budget    {duration(spend.time_s or 0.0)} of {machine.device}: {machine.name}{money}"]
+    if not sure:
+        lines.append(f"guessed   a vocabulary of {vocab_size}, until the text is prepared")
+    commands = [_command(preset, p.settings) for p in proposals]
+    for law, p, command in zip(laws, proposals, commands, strict=True):
+        lines += ["", f"by        {law.name} ({law.source})", *_lines(args.config.model.arch, p)]
+        lines.append(f"run       {command}")
+    values = {
+        "proposals": [
+            dataclasses.asdict(p) | {"command": c} for p, c in zip(proposals, commands, strict=True)
+        ],
+        "machine": dataclasses.asdict(machine),
+    }
+    Output(args).result(values, "\n".join(lines))
+    return 0
+
+
+def _command(preset: str, settings: dict[str, object]) -> str:
+    """The command line that trains a preset with those settings."""
+    words = ["regpt", "train", preset]
+    for key, value in settings.items():
+        words += ["--" + key.replace("_", "-"), "none" if value is None else f"{value}"]
+    return shlex.join(words)
+
+
+def _lines(arch: str, p: Proposal) -> list[str]:
+    """A proposal for a person."""
+    from regpt.train.sizing import MANY_EPOCHS
+
+    time = f", about {duration(p.time_s)} of training steps" if p.time_s is not None else ""
+    epochs = f", {p.epochs:.2f} epochs" if p.epochs is not None else ""
+    loss = "no guess: the law was fitted on other sizes"
+    if p.expected_loss is not None:
+        loss = f"{p.expected_loss:.2f} nats a token, if the law's text and tokenizer were yours"
+    lines = [
+        f"model     {arch} {p.n_layer} layers x {p.n_embd}, {p.n_head} heads: {p.parameters:,} parameters",
+        f"tokens    {p.tokens:,}{epochs}, in {p.steps:,} steps of {p.batch_tokens:,}",
+        f"cost      {p.flops:.2e} FLOPs{time}, {gib(p.memory_bytes)} of memory",
+        f"loss      {loss}",
+    ]
+    if p.epochs is not None and p.epochs > MANY_EPOCHS:
+        lines.append(
+            f"warning: beyond {MANY_EPOCHS} epochs, repeated text teaches less and less: more text would help."
+        )
+    return lines
 
 
 def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None) -> str:
