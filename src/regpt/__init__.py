@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regpt.errors import ConfigError, did_you_mean
+from regpt.threads import rest_soon
 
 __version__ = "0.1.0"
+
+rest_soon()  # before anything loads torch
 
 _WHERE = {
     "load": ("regpt.train.load", "load_model"),

@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # Lower layers first; a module may import its own layer and those above it in this list. The longest prefix counts.
 LAYERS = [
-    ["errors", "config", "paths", "__init__"],
+    ["errors", "config", "paths", "threads", "__init__"],
     [
         "tokenizers",
         "train.dist",
@@ -30,7 +30,7 @@ LAYERS = [
     ["train.checkpoint", "train.named", "train.load", "train.plan", "train.budget", "infer"],
     ["evals"],
     ["train.estimate", "train.parallel"],
-    ["train.loop", "train.session", "serve", "adapters", "report"],
+    ["train.loop", "train.session", "train.sizing", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]
 OPTIONAL = [

@@ -8,6 +8,7 @@ of one shape go through it together, and of several ranks each takes its share o
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -80,6 +81,12 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "capturable": False, "fused": False}
         super().__init__(groups, defaults)
         self.method, self.dtype, self.ranks = method, dtype, ranks or Ranks()
+
+    # PyTorch hides these from Dynamo, and imports it to do so: a second of every start that only a compiled run needs.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
