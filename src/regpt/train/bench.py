@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import statistics
 from collections.abc import Iterator
@@ -260,7 +261,7 @@ class _Steps(Trainer):
             self.train_step()
             wait(self.machine)
             marks.append(self.clock())
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(marks)]
 
     def parts(self) -> tuple[float, float, float]:
         """Seconds of the forward and backward passes of all micro-batches of one step, and of its update."""

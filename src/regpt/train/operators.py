@@ -96,13 +96,12 @@ def product_flops(name: str, shapes: list[Shape]) -> int:
     name = name.removeprefix("aten::")
     if name in PRODUCTS:
         a, b = (shapes[i] for i in PRODUCTS[name])  # (…, m, k), (…, k, n)
-        return 2 * math.prod(a) * int(b[-1])
+        return int(2 * math.prod(a) * b[-1])
     if name.startswith(ATTENTION):
         back = "backward" in name  # whose first input is the output's gradient
         (B, H, T, D), (*_, S, _), (*_, Dv) = shapes[1:4] if back else shapes[:3]
-        return (
-            2 * B * H * T * S * (3 * D + 2 * Dv if back else D + Dv)
-        )  # back: the scores again, four gradients
+        each = 3 * D + 2 * Dv if back else D + Dv  # back: the scores again, four gradients
+        return int(2 * B * H * T * S * each)
     return 0
 
 
