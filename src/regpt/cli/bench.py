@@ -138,7 +138,7 @@ def costliest(p: Profiled) -> str:
         ceiling = p.ceiling_share(o)
         lines.append(
             f"{1e3 * o.self_s / p.steps:>8.2f} {p.step_share(o):>7.1%} {o.calls / p.steps:>6.0f} {_rate(o):>16} "
-            f"{'' if ceiling is None else f'{ceiling:.0%}':>10}  {o.name.removeprefix('aten::')} {inputs(o)}"
+            f"{'' if ceiling is None else f'{ceiling:.0%}':>10}  {_name(o)} {inputs(o)}"
         )
     lines += [
         "",
@@ -159,6 +159,12 @@ def inputs(o: Operator) -> str:
             shown.append("x".join(map(str, shape)))
     dtypes = dict.fromkeys(d for d, s in zip(o.dtypes, o.shapes, strict=False) if s and d != "TensorList")
     return " ".join([*shown[:4], *(["…"] if len(shown) > 4 else []), *dtypes])
+
+
+def _name(o: Operator) -> str:
+    """Without its namespace; a compiled graph by the first letters of its hash."""
+    name = o.name.removeprefix("aten::").strip("# ")
+    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _rate(o: Operator) -> str:

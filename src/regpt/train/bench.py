@@ -305,7 +305,7 @@ def _profiled(trainer: _Steps, machine: Machine, trace: Path, listen: Listener) 
         times = trainer.timed(PROFILED_STEPS)
     record.export_chrome_trace(str(trace))
     found = operators(record.events(), on_device=on_device)
-    multiplied = {o.dtype for o in found if o.flops}
+    multiplied = {o.dtype for o in found if o.flops and o.dtype}
     return Profiled(
         trace=str(trace),
         steps=PROFILED_STEPS,

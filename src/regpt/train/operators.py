@@ -30,6 +30,22 @@ PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 ATTENTION = "_scaled_dot_product_"  # _flash_attention, _efficient_attention, …, with _backward or without
 # What looks rows up in a table reads only those: (the table, the ids).
 LOOKUPS = {"embedding": (0, 1), "index_select": (0, 2), "nll_loss_forward": (0, 1)}
+# What moves nothing itself: views, allocations, and what calls another operator to do it.
+MOVES_NOTHING = {
+    *(
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "expand",
+        "permute",
+        "reshape",
+        "resolve_conj",
+        "resolve_neg",
+    ),
+    *("select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
+    *("empty_like", "ones_like", "zeros_like", "contiguous", "linear", "matmul", "to", "_to_copy"),
+}
 
 Shape = list[Any]
 
@@ -112,12 +128,14 @@ def _shapes(event: Any) -> list[Shape]:
 
 def _bytes(event: Any, shapes: list[Shape]) -> int:
     """Of the inputs of one call: numbers that are the same by broadcasting count once, a table only where it is read."""
+    name = event.name.removeprefix("aten::")
+    if name in MOVES_NOTHING:
+        return 0
     strides = getattr(event, "structured_input_strides", None) or [None] * len(shapes)
     if len(strides) != len(shapes):
         strides = [None] * len(shapes)
     dtypes = event.input_dtypes or []
     sizes = [_size(*of) for of in zip(shapes, strides, dtypes, strict=False)]
-    name = event.name.removeprefix("aten::")
     if name in LOOKUPS and all(place < len(sizes) for place in LOOKUPS[name]):
         table, ids = LOOKUPS[name]
         row = 1 if name.startswith("nll") else math.prod(shapes[table][1:])
