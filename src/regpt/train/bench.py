@@ -201,7 +201,9 @@ def _measured(
         forward_s=forward_s,
         backward_s=backward_s,
         update_s=update_s,
-        profile=_profiled(trainer, machine, trace, listen) if trace is not None else None,
+        profile=_profiled(trainer, machine, trace, listen, {plan.dtype: ceiling})
+        if trace is not None
+        else None,
     )
 
 
@@ -294,8 +296,10 @@ class _Steps(Trainer):
             self.compute_loss, self.gradients.after = compute, after  # type: ignore[method-assign]
 
 
-def _profiled(trainer: _Steps, machine: Machine, trace: Path, listen: Listener) -> Profiled:
-    """A few steps under the profiler, the trace written."""
+def _profiled(
+    trainer: _Steps, machine: Machine, trace: Path, listen: Listener, ceilings: dict[str, float]
+) -> Profiled:
+    """A few steps under the profiler, the trace written; `ceilings` are FLOP/s that were measured already."""
     on_device = machine.kind == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     listen("info", 0, {"text": f"profiling {PROFILED_STEPS} steps"})
@@ -311,7 +315,9 @@ def _profiled(trainer: _Steps, machine: Machine, trace: Path, listen: Listener) 
         steps=PROFILED_STEPS,
         step_s=sum(times) / PROFILED_STEPS,
         copy_bytes_per_second=measure_copy(machine),
-        product_flops_per_second={d: measure_flops(machine, d) for d in sorted(multiplied)},
+        product_flops_per_second={
+            d: max(measure_flops(machine, d), ceilings.get(d, 0.0)) for d in sorted(multiplied)
+        },
         operators=found,
     )
 
