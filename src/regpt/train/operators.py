@@ -33,18 +33,9 @@ LOOKUPS = {"embedding": (0, 1), "index_select": (0, 2), "nll_loss_forward": (0, 
 # What moves nothing itself: views, allocations, and what calls another operator to do it.
 MOVES_NOTHING = {
     *("alias", "as_strided", "chunk", "detach", "expand", "permute", "reshape", "resolve_conj"),
-    *("resolve_neg", "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
-    *(
-        "_unsafe_view",
-        "empty_like",
-        "ones_like",
-        "zeros_like",
-        "contiguous",
-        "linear",
-        "matmul",
-        "to",
-        "_to_copy",
-    ),
+    *("resolve_neg", "select", "slice", "split", "squeeze", "t", "transpose", "unbind", "unsqueeze"),
+    *("view", "_unsafe_view", "empty_like", "ones_like", "zeros_like"),
+    *("contiguous", "linear", "matmul", "to", "_to_copy"),
 }
 
 Shape = list[Any]
