@@ -1,9 +1,11 @@
-"""The ablations' table of variants: each is a run that can be begun, and every switch of the modern model is in it."""
+"""The ablations' table of variants: each is a run that can be begun, and every switch of the modern model is in it; and
+the table of peers, as far as it needs none."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from regpt.config import ModernConfig, load_preset
+from regpt.config import ModelConfig, ModernConfig, load_preset
+from regpt.models.count import flops_per_token
 from regpt.optim.groups import check_optimizer
 from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine
@@ -22,14 +25,23 @@ LAPTOP = Machine(
 )
 
 
-@pytest.fixture(scope="module")
-def ablate() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "ablate.py"
-    spec = importlib.util.spec_from_file_location("ablate", path)
+def script(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = sys.modules["ablate"] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def ablate() -> ModuleType:
+    return script("ablate")
+
+
+@pytest.fixture(scope="module")
+def train_peers() -> ModuleType:
+    return script("train_peers")
 
 
 @pytest.mark.parametrize("preset", ["modern-char", "modern-30m"])
@@ -76,3 +88,53 @@ def test_verdicts(ablate: ModuleType) -> None:
     failed = ablate.Compared(runs(0.90, math.inf, 0.94), base)
     assert (failed.verdict, failed.unsure, failed.seeds) == ("fails", False, "2 + 1 failed")
     assert failed.difference == pytest.approx(-0.1)
+
+
+def test_our_row_among_peers(
+    train_peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    words = [
+        "--shape",
+        "tiny",
+        "--peers",
+        "regpt,nanogpt",
+        "--dtypes",
+        "float32",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+    ]
+    train_peers.main([*words, "--threads", "1", "--json", str(file)])
+    out = capsys.readouterr().out
+    assert "nanogpt left out: --nanogpt names no checkout" in out
+    row = next(line for line in out.splitlines() if line.startswith("| regpt float32 |"))
+    assert row.endswith("| 1.00 |") and "MiB" in row
+    found = json.loads(file.read_text())["rows"]["regpt float32"][0]
+    shape = train_peers.SHAPES["tiny"]
+    assert (found["plan"]["batch_rows"], found["plan"]["n_micro"], found["steps"]) == (shape.rows, 1, 2)
+    assert found["plan"]["dtype"] == "float32" and found["machine"]["threads"] == 1
+
+
+def test_a_peer_that_fails_is_left_out_with_its_own_words(
+    train_peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.py").write_text("raise ImportError('no such thing')")
+    words = ["--shape", "tiny", "--peers", "nanogpt", "--dtypes", "float32", "--rounds", "2", "--steps", "1"]
+    train_peers.main([*words, "--nanogpt", str(tmp_path)])
+    assert capsys.readouterr().out.count("nanogpt float32 left out: ImportError: no such thing\n") == 1
+
+
+def test_peers_share_is_by_the_flops_that_we_count(train_peers: ModuleType) -> None:
+    """But for the norms' weights, which are in no product."""
+    for shape in train_peers.SHAPES.values():
+        model = ModelConfig(
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            n_embd=shape.n_embd,
+            block_size=shape.block_size,
+            bias=False,
+        )
+        norms = 6 * (2 * shape.n_layer + 1) * shape.n_embd
+        assert shape.flops_per_token == flops_per_token(model, shape.vocab_size) - norms

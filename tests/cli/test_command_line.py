@@ -269,6 +269,9 @@ def test_completion_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert words("tr") == ["train"]
     assert words("train", "shakespeare-char-") == ["shakespeare-char-cpu"]
     assert words("train", "--model.n-l") == ["--model.n-layer"]
+    assert words("bench", "tr") == ["train"]
+    assert words("bench", "train", "shakespeare-char-") == ["shakespeare-char-cpu"]
+    assert words("bench", "train", "--prof") == ["--profile"]
     assert words("nonsense", "x") == []
 
 

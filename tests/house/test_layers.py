@@ -29,8 +29,8 @@ LAYERS = [
     ["data", "models", "optim", "train.run", "train.machine"],
     ["train.checkpoint", "train.named", "train.load", "train.plan", "train.budget", "infer"],
     ["evals"],
-    ["train.estimate", "train.parallel"],
-    ["train.loop", "train.session", "train.sizing", "serve", "adapters", "report"],
+    ["train.estimate", "train.parallel", "train.operators"],
+    ["train.loop", "train.session", "train.sizing", "train.bench", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]
 OPTIONAL = [

@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "generate text from a run",
     "prepare": "turn text into token shards",
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
+    "bench": "how fast this machine trains: time, arithmetic and memory of a step, and where they go",
     "inspect": "what a shard directory, checkpoint or run holds, verified",
     "presets": "the list of presets, or one preset's page",
     "doctor": "what this machine can do, and what is missing",

@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from regpt.cli import COMMANDS
+from regpt.cli.bench import BENCHES
 from regpt.cli.parse import CommonArgs, Output, options, parse
 from regpt.config import preset_names
 
@@ -52,7 +53,10 @@ def candidates(words: list[str]) -> list[str]:
     elif before[0] not in COMMANDS:
         fitting = []
     elif last.startswith("-"):
-        fitting = list(options(importlib.import_module(f"regpt.cli.{before[0]}").Args))
+        module = importlib.import_module(f"regpt.cli.{before[0]}")
+        fitting = list(options(module.TrainArgs if before[:2] == ["bench", "train"] else module.Args))
+    elif before[0] == "bench":
+        fitting = list(BENCHES) if len(before) == 1 else preset_names() if len(before) == 2 else []
     else:
         fitting = preset_names() if len(before) == 1 and before[0] in TAKES_PRESET else []
     return [word for word in fitting if word.startswith(last)]

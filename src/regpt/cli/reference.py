@@ -7,6 +7,7 @@ import io
 import os
 
 from regpt.cli import COMMANDS, main, usage
+from regpt.cli.bench import BENCHES
 
 WIDTH = "110"
 
@@ -18,11 +19,12 @@ def page() -> str:
         "# The command line\n\nMade from the commands' own help by `make docs`.\n",
         f"```\n{usage()}\n```\n",
     ]
-    for name in COMMANDS:
+    benches = [["bench", name] for name in BENCHES]
+    for words in (found for name in COMMANDS for found in [[name], *(b for b in benches if b[0] == name)]):
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            main([name, "--help"])
-        parts.append(f"## regpt {name}\n\n```\n{_plain(text.getvalue())}\n```\n")
+            main([*words, "--help"])
+        parts.append(f"## regpt {' '.join(words)}\n\n```\n{_plain(text.getvalue())}\n```\n")
     return "\n".join(parts)
 
 

@@ -179,6 +179,35 @@ def measure_flops(machine: Machine, dtype: str, size: int | None = None, tries: 
     return 2 * size**3 * products / best
 
 
+def measure_copy(machine: Machine, size_bytes: int | None = None, tries: int = 4) -> float:
+    """Bytes per second of a large tensor's copy here and now, read and written, the best of a few tries.
+
+    Large, so that no cache holds it; what lies in one is faster.
+    """
+    size_bytes = size_bytes or (1 << 30 if machine.kind == "cuda" else 1 << 28)
+    a = torch.ones(size_bytes // 4, device=machine.device)
+    b = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(tries + 1):
+        wait(machine)
+        begun = time.perf_counter()
+        b.copy_(a)
+        wait(machine)
+        best = min(best, time.perf_counter() - begun)
+    if machine.kind == "cuda":
+        del a, b
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    return 2 * size_bytes / best
+
+
+def wait(machine: Machine) -> None:
+    """Until the device has done what it was given; at once on a CPU."""
+    if machine.kind == "cuda":
+        torch.cuda.synchronize(machine.device)
+    elif machine.kind == "mps":
+        torch.mps.synchronize()
+
+
 @contextlib.contextmanager
 def using(machine: Machine) -> Iterator[None]:
     """Compute as is best on the machine while this is open: its threads, and products of float32 matrices.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _train(
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
     ranks.together(
-        lambda: _check_memory(
+        lambda: check_memory(
             make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world), machine
         )
     )
@@ -137,7 +137,7 @@ def _train(
         # Refused so far without a trace; a run that --fresh moves aside was left alone.
         opened = ranks.together(lambda: RunDirectory.open(run.path, fresh=fresh) if ranks.main else run)
         run = stack.enter_context(opened)
-        try:
+        with shortage_said(plan, machine):
             plan = _same_steps(with_time(plan, config, machine), ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
@@ -145,13 +145,6 @@ def _train(
                 trainer.run()
             finally:
                 trainer.close()
-        except RuntimeError as e:
-            if not _out_of_memory(e):
-                raise
-            raise DeviceError(
-                f"{machine.name} ran out of memory; the plan expected {plan.memory.total / 2**30:.1f} GiB.",
-                hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
-            ) from e
         return _result(trainer, run)
 
 
@@ -160,7 +153,7 @@ def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ran
     train_tokens = shards.split("train").n_tokens
     plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens, world=ranks.world)
     ranks.together(lambda: _same_plan(plan, ranks))
-    ranks.together(lambda: _check_memory(plan, machine))
+    ranks.together(lambda: check_memory(plan, machine))
     return plan
 
 
@@ -199,7 +192,15 @@ def _least_vocabulary(config: Config) -> int:
     return (SIZES | {"bpe": LEAST_ENTRIES}).get(config.tokenizer.name, 1)
 
 
-def _check_memory(plan: Plan, machine: Machine) -> None:
+def new_model(config: Config, vocab_size: int) -> torch.nn.Module:
+    """The model as every run begins with it: weights by config.seed, on the CPU."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, vocab_size)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    return model
+
+
+def check_memory(plan: Plan, machine: Machine) -> None:
     """Refuse what is far from fitting: a system short of memory ends processes without a word. Less is a warning only."""
     m = plan.memory
     needed = m.total - m.saving  # which rank 0 alone needs, and not all the time
@@ -212,6 +213,20 @@ def _check_memory(plan: Plan, machine: Machine) -> None:
             if smaller
             else "a smaller model or context, --train.checkpoint-activations, or more memory",
         )
+
+
+@contextlib.contextmanager
+def shortage_said(plan: Plan, machine: Machine) -> Iterator[None]:
+    """While open, running out of memory is a DeviceError that names the setting to change."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not _out_of_memory(e):
+            raise
+        raise DeviceError(
+            f"{machine.name} ran out of memory; the plan expected {plan.memory.total / 2**30:.1f} GiB.",
+            hint=f"--train.micro-rows {max(plan.micro_rows // 2, 1)} (the batch stays as it is)",
+        ) from e
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -250,9 +265,7 @@ def _trainer(
             make_trackers(config.track, run.path, tracked, say=note, resumed_step=step) if ranks.main else []
         )
     )
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, tokenizer.vocab_size)
-    model.checkpoint_activations = config.train.checkpoint_activations
+    model = new_model(config, tokenizer.vocab_size)
     trainer = Trainer(
         config,
         plan,
