@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from regpt.config import Config, OptimConfig
@@ -64,27 +64,36 @@ class Pace:
         self.recent_token_s = [*self.recent_token_s, token_s][-RECENT_STEPS:]
 
     def steps_that_fit(
-        self, step: int, elapsed_s: float, step_tokens: int, every: Mapping[str, int | None], val_tokens: int
+        self,
+        step: int,
+        elapsed_s: float,
+        tokens_before: Callable[[int], int],
+        every: Mapping[str, int | None],
+        val_tokens: int,
     ) -> int:
         """The total that ends nearest to the budget, as far as is known now.
 
         Args:
             step: updates made; evaluations and saves due at it are not done yet.
+            tokens_before: of a step; no step has fewer than those before it.
             every: steps between pauses of each kind, all of which also come at the end; None: then only.
             val_tokens: that an evaluation reads.
         """
         left_s = self.budget_s - elapsed_s
         if not self.known:
             return max(self.total_steps, step + 1) if left_s > 0 else step
-        token_s = statistics.median(self.recent_token_s)
-        step_s = max(step_tokens * token_s, FINEST_S)
+        here = tokens_before(step)
+        step_tokens = tokens_before(step + 1) - here
+        token_s = max(statistics.median(self.recent_token_s), FINEST_S / step_tokens)
+        step_s = step_tokens * token_s
         cost_s = {"eval": FORWARD_SHARE * val_tokens * token_s} | self.pause_s
         # The last checkpoint is waited for, the others are written while training goes on.
         final_s = max(cost_s.pop("write", 0.0) - cost_s.get("save", 0.0), 0.0)
 
         def fits(n: int) -> bool:
             pauses = sum(s * _pauses(step, n, every[kind]) for kind, s in cost_s.items() if kind in every)
-            return n * step_s + pauses + final_s <= left_s + step_s / 2
+            last_s = (tokens_before(step + n) - tokens_before(step + n - 1)) * token_s
+            return (tokens_before(step + n) - here) * token_s + pauses + final_s <= left_s + last_s / 2
 
         low, high = 0, max(int(left_s / step_s), 0) + 2
         while high - low > 1:

@@ -73,7 +73,7 @@ class TrainState:
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     skipped_steps: int = 0
-    """Global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
+    """Whole global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
     bad_in_a_row: int = 0
     """Bad steps of which each came within MAX_BAD steps of the one before."""
     last_bad_step: int = -1_000_000
@@ -209,11 +209,10 @@ class Trainer:
         s, config, plan = self.state, self.config, self.plan
         began = self.clock()
         rate = set_rates(s.optimizer.param_groups, s.step, self.optim, self.total_steps, decayed=self.decayed)
-        for micro in range(plan.n_micro):
+        self.gradients.n_micro = n_micro = plan.micro(s.step)[0]
+        for micro in range(n_micro):
             self.poll()
-            x, y = self.loader.batch(
-                s.step + s.skipped_steps, micro, plan.n_micro, self.ranks.rank, plan.world
-            )
+            x, y = self.loader.batch(s.step, micro, n_micro, self.ranks.rank, plan.world, s.skipped_steps)
             self.seed_dropout(s.step + s.skipped_steps, micro)
             self.gradients.before(micro)
             with self.autocast():
@@ -332,6 +331,12 @@ class Trainer:
         self.state.elapsed_s += (passed := self._clock_s - before)
         return passed
 
+    @property
+    def step_tokens(self) -> int:
+        """Of the last update."""
+        s, before = self.state, self.plan.tokens_before
+        return before(s.step) - before(s.step - 1)
+
     def keep_pace(self) -> None:
         """After a step: the total that fits the time budget, if there is one; the same on all ranks."""
         s, config = self.state, self.config
@@ -341,11 +346,11 @@ class Trainer:
             return
         s.pace.made(s.step - 1, config.optim)
         if self._steps_here > UNMEASURED_STEPS:
-            s.pace.measured(step_s / config.train.batch_tokens)
+            s.pace.measured(step_s / self.step_tokens)
         fitting = s.pace.steps_that_fit(
             s.step,
             s.elapsed_s,
-            config.train.batch_tokens,
+            self.plan.tokens_before,
             pause_periods(config),
             self.val_split.n_tokens if self.val_split else 0,
         )
@@ -399,11 +404,8 @@ class Trainer:
             return True
         self.settle()  # so that the message, and going back, know the last checkpoint
         self._count_bad_step()
-        rows, data_step, policy = (
-            self.plan.batch_rows,
-            s.step + s.skipped_steps,
-            self.config.train.on_bad_step,
-        )
+        first, policy = self.next_row, self.config.train.on_bad_step
+        end = first + self.plan.batches.rows(s.step)
         what, number = ("gradient norm", str(norm)) if math.isfinite(loss) else ("loss", str(loss))
         if finite:
             what, number = (
@@ -411,7 +413,7 @@ class Trainer:
             )
         error = TrainingDiverged(
             f"the {what} at step {s.step} is {number}; the update was not made.",
-            got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
+            got=f"rows {first} to {end - 1}, learning rate "
             f"{learning_rate(s.step, self.optim, self.total_steps, decayed=self.decayed):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; {self.last_checkpoint}",
         )
@@ -431,8 +433,13 @@ class Trainer:
             )
             s.step += 1
         else:
-            self._roll_back(error, data_step)
+            self._roll_back(error, end)
         return False
+
+    @property
+    def next_row(self) -> int:
+        """The first row of the next update."""
+        return self.plan.batches.first_row(self.state.step, self.state.skipped_steps)
 
     def _count_bad_step(self) -> None:
         s = self.state
@@ -456,8 +463,8 @@ class Trainer:
             return False
         return loss > statistics.fmean(recent) + sigma * statistics.pstdev(recent)
 
-    def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
-        """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
+    def _roll_back(self, error: TrainingDiverged, row: int) -> None:
+        """To the last checkpoint, from where training goes on with the rows from `row` on."""
         s = self.state
         times, bad_step, elapsed_s = s.bad_in_a_row, s.last_bad_step, s.elapsed_s
 
@@ -472,7 +479,8 @@ class Trainer:
         if not self.ranks.from_main(found is not None):
             raise error
         self.restore(found)
-        s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
+        s.skipped_steps = self.plan.batches.skipped(s.step, row)
+        s.bad_in_a_row, s.last_bad_step = times, bad_step
         s.elapsed_s = elapsed_s  # the steps are undone, the time is not
         self.rewind()
         note(
@@ -504,9 +512,10 @@ class Trainer:
             )
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Dropout's masks depend on the seed, the step, and which rows of the global batch the micro-batch holds."""
+        """Dropout's masks depend on the seed, the batch's number, and which of its rows the micro-batch holds."""
         if self.config.model.dropout:
-            row = (self.ranks.rank * self.plan.n_micro + micro) * self.plan.micro_rows
+            n_micro, micro_rows = self.plan.micro(self.state.step)
+            row = (self.ranks.rank * n_micro + micro) * micro_rows
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -531,7 +540,7 @@ class Trainer:
             self._count_bad_step()
             if self.config.train.on_bad_step != "rollback" or s.bad_in_a_row > MAX_BAD:
                 raise error
-            self._roll_back(error, s.step + s.skipped_steps - 1)
+            self._roll_back(error, self.next_row)
             return False
         self.tick()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
@@ -662,12 +671,12 @@ class Trainer:
 
     def _numbers(self, loss: float, norm: float, rate: float, took: float) -> dict[str, Any]:
         s, plan = self.state, self.plan
-        per_second = self.config.train.batch_tokens / took
+        per_second = self.step_tokens / took
         numbers: dict[str, Any] = {
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "tokens": s.step * self.config.train.batch_tokens,
+            "tokens": plan.tokens_before(s.step),
             "tokens_per_second": per_second,
             "time_s": s.seconds,
             "elapsed_s": s.elapsed_s,
