@@ -34,7 +34,14 @@ from regpt.optim.groups import make_optimizer
 from regpt.optim.schedule import learning_rate, set_rates
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
-from regpt.train.budget import UNMEASURED_STEPS, Pace, pause_periods
+from regpt.train.budget import (
+    TRIED_TOKENS,
+    UNMEASURED_STEPS,
+    Pace,
+    pause_periods,
+    sample_guess_s,
+    save_guess_s,
+)
 from regpt.train.checkpoint import SaveFailed
 from regpt.train.dist import Ranks
 from regpt.train.machine import Machine, autocast, peak_memory_bytes
@@ -175,6 +182,7 @@ class Trainer:
         s = self.state
         s.model.train()
         self._clock_s = self.clock()
+        self.guess_pauses()
         try:
             while True:
                 last, news = s.step >= self.total_steps, False
@@ -370,6 +378,23 @@ class Trainer:
                 if s.pace
                 else Pace(budget_s=budget_s, total_steps=total, warmup_steps=self.config.optim.warmup_steps)
             )
+
+    def guess_pauses(self) -> None:
+        """Before the first step: what a sample and a checkpoint may take, so that the first of them may come at the end.
+
+        A few tokens are generated for it, which nobody sees; nothing of the run but its length depends on them.
+        """
+        pace, tokens, prompt = self.state.pace, self.config.sample.tokens, self.config.sample.prompt
+        if pace is None or self.state.step >= self.total_steps:
+            return
+        pace.guess(save_guess_s(self.plan.parameters, in_background=self.config.save.in_background))
+        if tokens and "sample" not in pace.pause_s and (self.ranks.main or self.gradients.sharded):
+            few = dataclasses.replace(self.sampling, max_new_tokens=min(tokens, TRIED_TOKENS))
+            read_s = [self.clock()]
+            for _ in generate(cast(LanguageModel, self.state.model), self.tokenizer, prompt, few):
+                read_s.append(self.clock())
+            pace.guess({"sample": sample_guess_s(read_s, tokens)})
+        self.tick()
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
