@@ -123,6 +123,16 @@ def test_a_run_stopped_in_any_stage_ends_to_the_same_bits(
     assert (curve("parts"), tensors("parts")) == (curve("whole"), tensors("whole"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
+def test_a_run_killed_in_every_stage_ends_to_the_same_bits(config: Config) -> None:
+    config = dataclasses.replace(config, save=SaveConfig(every=1, keep=9))
+    session.train(config, "whole")
+    for step in (2, 4, 7):
+        assert train_ranks(1, config, "run", (0, step, "SIGKILL in backward")) == [-signal.SIGKILL]
+    assert train_ranks(1, config, "run") == [0], said("run", 0)
+    assert (curve("run"), tensors("run")) == (curve("whole"), tensors("whole"))
+
+
 def test_another_ramp_is_another_run(config: Config) -> None:
     session.train(config, "run")
     with pytest.raises(CheckpointError, match=r"train\.batch_ramp_steps was 5, now 4"):

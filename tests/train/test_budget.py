@@ -307,9 +307,12 @@ def test_time_of_steps_undone_counts(config: Config, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
-def test_ranks_whose_clocks_differ_agree(config: Config) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_whose_clocks_differ_agree(config: Config, strategy: Any) -> None:
     """Rank 0's counts; ranks of two minds about the end would wait for each other for ever."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, minutes=0.5, threads=1))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, minutes=0.5, threads=1, strategy=strategy)
+    )
     assert train_ranks(2, config, "run", (None, 0, "own clock")) == [0, 0], said("run", 0) + said("run", 1)
     last = steps("run")[-1]
     assert last["step"] == last["total_steps"]

@@ -2,8 +2,8 @@
 
 The global batch of step s is rows [s*R, (s+1)*R) of an endless list of windows (fewer while a batch is ramped up, but
 without a gap: `train/batches.py`). A row is a place in an epoch; a permutation, computed on the fly, says which window
-stands there. Windows tile the split from an offset that each epoch
-draws anew and run around its end, so every token is an input and a target in every epoch.
+stands there. Windows tile the split from an offset that each epoch draws anew and run around its end, so every token
+is an input and a target in every epoch.
 """
 
 from __future__ import annotations
