@@ -5,10 +5,11 @@
 Settings are chosen by this table, so TEXT must not be the text that records are quoted on: Tiny Shakespeare is not to be
 used to choose on. Other settings change base and variants alike (`--train.steps 480`). Each run is a whole `regpt train`.
 
-Equal tokens: the preset's steps. Equal time: the base's steps over the ratio of step times, which is measured first: short
-runs, each between two of the base; the median of the ratios counts. Where it is within 3 % of 1, or the change cannot alter
-the work of a step (SAME_WORK), the runs at equal tokens count for both. Schedules are fitted to the steps. Where a difference
-is under twice the pooled spread, there are five seeds.
+Equal tokens: the preset's steps, or as many as read its tokens where the batch is ramped up. Equal time: those steps over
+the ratio of step times, which is measured first: short runs, each between two of the base; the median of the ratios counts.
+Where it is within 3 % of 1, or the change cannot alter the work of a step (SAME_WORK), the runs at equal tokens count for
+both; of a ramp no time is measured. Schedules are fitted to the steps. Where a difference is under twice the pooled spread,
+there are five seeds.
 
 A result is a line of FILE (JSONL) as soon as it is there, a failure too; the same command goes on where it was stopped and
 repeats no run whose settings and text stand there (delete a line to repeat it). `--workers 2` runs two processes at once
@@ -19,6 +20,7 @@ steps by the processor's time of the process instead of the wall's: for one thre
 from __future__ import annotations
 
 import argparse
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -39,6 +41,7 @@ from typing import Any
 from regpt.cli.parse import parse
 from regpt.cli.train import Args
 from regpt.config import Config, ModernConfig, build, differences, load_preset, to_dict
+from regpt.train.batches import Batches
 
 BASE = "base"
 SEEDS_IF_UNSURE = 5
@@ -57,7 +60,7 @@ def head_size(c: Config) -> int:
     return c.model.n_embd // c.model.n_head
 
 
-M, OPT = "model.modern.", "optim."
+M, OPT, RAMP = "model.modern.", "optim.", "train.batch_ramp_steps"
 SWITCHES = [f.name for f in dataclasses.fields(ModernConfig) if f.type in ("bool", bool)]
 # What is tried: a name and the settings that it changes; a function makes its value from the base's. What the base has
 # already is left out, so a switch may stand here both ways.
@@ -106,6 +109,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clip=1": {OPT + "clip_norm": 1.0},
     "beta2=0.95": {OPT + "beta2": 0.95},
     "eps=1e-10": {OPT + "eps": 1e-10},
+    "batch_ramp=on": {RAMP: lambda c: c.train.batch_ramp_steps or c.train.steps // 5},
+    "batch_ramp=off": {RAMP: 0},
     # Whether the base's rates are the best for it: a switch that pays by half of one is no switch.
     "muon_lr=half": {OPT + "muon_lr": lambda c: c.optim.muon_lr / 2},
     "muon_lr=double": {OPT + "muon_lr": lambda c: c.optim.muon_lr * 2},
@@ -144,8 +149,9 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 def fitted(config: Config, steps: int) -> Config:
     """`config` for so many steps, with what is counted in steps in proportion."""
     counted = ("warmup_steps", "decay_steps", "muon_momentum_steps")
-    of_optim = {OPT + name: getattr(config.optim, name) for name in counted}
-    scaled = {name: n and round(n * steps / config.train.steps) for name, n in of_optim.items()}
+    in_steps = {OPT + name: getattr(config.optim, name) for name in counted}
+    in_steps[RAMP] = config.train.batch_ramp_steps
+    scaled = {name: n and round(n * steps / config.train.steps) for name, n in in_steps.items()}
     return changed(config, {"train.steps": steps, **scaled})
 
 
@@ -153,6 +159,21 @@ def variant(base: Config, name: str, steps: int | None = None) -> Config:
     """The base, or a variant of it, for the base's steps or others."""
     config = fitted(base, steps or base.train.steps)
     return config if name == BASE else changed(config, VARIANTS[name])
+
+
+def tokens(config: Config) -> int:
+    """That a run trains on."""
+    block_size = config.model.block_size
+    rows = Batches(config.train.batch_tokens // block_size, config.train.batch_ramp_steps)
+    return rows.before(config.train.steps) * block_size
+
+
+def steps_of_tokens(base: Config, name: str) -> int:
+    """The least steps in which a variant reads the base's tokens: a ramp, which has smaller batches, takes more."""
+    choices = range(1, 4 * base.train.steps + 1)
+    return choices[
+        bisect.bisect_left(choices, tokens(base), key=lambda steps: tokens(variant(base, name, steps)))
+    ]
 
 
 def variants(base: Config, only: str = "") -> list[str]:
@@ -315,7 +336,7 @@ class Ablation:
 
     def steps_in_time(self, name: str) -> int | None:
         """Steps that take the base's time; None where no time is known."""
-        steps, ratios = self.base.train.steps, self.ratios(name)
+        steps, ratios = steps_of_tokens(self.base, name), self.ratios(name)
         if name == BASE or same_work(self.base, name):
             return steps
         if not ratios:
@@ -380,11 +401,14 @@ class Ablation:
         """All runs that are missing."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             self.folder = Path(folder)
-            self.measure([name for name in names if not same_work(self.base, name)])
-            steps = self.base.train.steps
-            self.explore(dict.fromkeys(names, steps))
+            # The short runs are over before a ramp is, so they cannot tell what it costs.
+            self.measure(
+                [name for name in names if RAMP not in VARIANTS[name] and not same_work(self.base, name)]
+            )
+            steps = {name: steps_of_tokens(self.base, name) for name in names}
+            self.explore(steps)
             in_time = {name: self.steps_in_time(name) for name in names}
-            self.explore({name: n for name, n in in_time.items() if n is not None and n != steps})
+            self.explore({name: n for name, n in in_time.items() if n is not None and n != steps[name]})
 
 
 class Compared:
@@ -451,8 +475,8 @@ def commit() -> str:
 
 def row(ablation: Ablation, name: str) -> tuple[tuple[bool, float], str, list[str]]:
     """Where a variant stands in the table, its line, its failures."""
-    steps, ratios = ablation.base.train.steps, ablation.ratios(name)
-    tokens, in_time = ablation.compared(name, steps), ablation.steps_in_time(name)
+    steps, ratios = steps_of_tokens(ablation.base, name), ablation.ratios(name)
+    in_tokens, in_time = ablation.compared(name, steps), ablation.steps_in_time(name)
     timed = ablation.compared(name, in_time) if in_time is not None and in_time != steps else None
     ratio, loss_in_time = "not measured", ""
     if same_work(ablation.base, name):
@@ -460,18 +484,18 @@ def row(ablation: Ablation, name: str) -> tuple[tuple[bool, float], str, list[st
     elif ratios:
         ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
         loss_in_time = f"{timed} ({in_time} steps)" if timed else "as at equal tokens"
-    verdicts = [tokens.verdict] + ([timed.verdict] if timed else [])
+    verdicts = [in_tokens.verdict] + ([timed.verdict] if timed else [])
     verdict = verdicts[0] if len(set(verdicts)) == 1 else f"tokens: {verdicts[0]}; time: {verdicts[1]}"
-    seeds = tokens.seeds + (f"; {timed.seeds}" if timed else "")
-    difference = (timed or tokens).difference
+    seeds = in_tokens.seeds + (f"; {timed.seeds}" if timed else "")
+    difference = (timed or in_tokens).difference
     order = (difference is None, -(difference or 0.0))
-    failures = [f"{name}, {budget}, {text}" for budget, c in (("equal tokens", tokens), ("equal time", timed)) if c
+    failures = [f"{name}, {budget}, {text}" for budget, c in (("equal tokens", in_tokens), ("equal time", timed)) if c
                 for text in c.failed]  # fmt: skip
     pairs = [
         ablation.results.entries.get(ablation.time_key(name, p), {}) for p in range(ablation.options.pairs)
     ]
     failures += [f"{name}, short run {p}: {e['failed']}" for p, e in enumerate(pairs) if e.get("failed")]
-    return order, f"| {name} | {tokens} | {ratio} | {loss_in_time} | {seeds} | {verdict} |", failures
+    return order, f"| {name} | {in_tokens} | {ratio} | {loss_in_time} | {seeds} | {verdict} |", failures
 
 
 def table(ablation: Ablation, names: Iterable[str]) -> str:

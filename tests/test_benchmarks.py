@@ -70,6 +70,18 @@ def test_what_is_counted_in_steps_is_fitted_to_them(ablate: ModuleType) -> None:
     assert (half.muon_momentum_steps, half.warmup_steps, half.decay_steps) == (25, 0, None)
 
 
+def test_a_ramp_is_compared_at_equal_tokens(ablate: ModuleType) -> None:
+    """Of more steps: a fifth with three eighths of the tokens. What reads no other batches has the base's steps."""
+    base = load_preset("modern-char").config
+    steps = ablate.steps_of_tokens(base, "batch_ramp=on")
+    config = ablate.variant(base, "batch_ramp=on", steps)
+    assert (steps, config.train.batch_ramp_steps) == (274, 54)
+    assert 0 <= ablate.tokens(config) - ablate.tokens(base) < base.train.batch_tokens
+    assert ablate.steps_of_tokens(base, "norm=layer") == base.train.steps
+    assert ablate.steps_of_tokens(config, "batch_ramp=off") in (240, 241)
+    assert ablate.fitted(config, 137).train.batch_ramp_steps == 27
+
+
 def test_verdicts(ablate: ModuleType) -> None:
     """Two pooled deviations decide; seeds that only one side has do not count; a failure is one."""
 

@@ -130,6 +130,8 @@ class TrainConfig:
     schedule follows the measured speed, so such a run does not repeat to the bit. None: train.steps."""
     batch_tokens: int = 8192
     """Tokens in one update, over all micro-batches and ranks."""
+    batch_ramp_steps: int = 0
+    """Steps with smaller batches: a quarter of `batch_tokens` in the first half of them, then a half, then all. 0: none."""
     micro_rows: int | None = None
     """Rows in one forward pass of one rank. None: the largest that divides the batch and fits."""
     device: str = "auto"

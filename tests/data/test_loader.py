@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,28 @@ def test_ranks_and_micro_batches_are_slices_of_one_batch(make_shards, world, n_m
             joined = torch.cat([torch.cat([micro[side] for micro in rank]) for rank in parts])
             assert torch.equal(joined, whole[side])
             assert parts[0][0][side].is_contiguous() and parts[0][0][side].dtype == torch.int64
+
+
+@LAX
+@given(n_tokens=st.integers(40, 400), rows=st.integers(1, 3), ramp=st.integers(1, 9), seed=st.integers(0, 3))
+def test_a_ramp_reads_every_window_once_an_epoch(make_shards, n_tokens, rows, ramp, seed) -> None:
+    """The ramp moves the borders between batches, not the rows."""
+    split = make_shards(range(n_tokens)).split("train")
+    plain = Loader(split, block_size=8, batch_rows=1, seed=seed)
+    loader = Loader(split, block_size=8, batch_rows=4 * rows, seed=seed, ramp_steps=ramp)
+    seen = torch.cat([loader.batch(s)[0] for s in range(2 * ramp)])
+    assert torch.equal(seen, torch.cat([plain.batch(row)[0] for row in range(len(seen))]))
+    for epoch in range(len(seen) // loader.n_windows):
+        windows = seen[epoch * loader.n_windows : (epoch + 1) * loader.n_windows]
+        assert len(set(windows[:, 0].tolist())) == loader.n_windows
+
+
+def test_ranks_and_micro_batches_are_slices_of_a_ramped_batch(make_shards) -> None:
+    split = make_shards(np.random.default_rng(0).integers(0, 50000, 1000)).split("train")
+    loader = Loader(split, block_size=16, batch_rows=16, seed=3, ramp_steps=5)
+    for step, (n_micro, world) in itertools.product(range(7), [(1, 1), (2, 2), (1, 4), (2, 1)]):
+        parts = [loader.batch(step, m, n_micro, r, world, 2)[0] for r in range(world) for m in range(n_micro)]
+        assert torch.equal(torch.cat(parts), loader.batch(step, skipped=2)[0])
 
 
 def test_a_batch_depends_on_its_arguments_alone(make_shards) -> None:

@@ -23,6 +23,7 @@ LAYERS = [
         "train.track",
         "train.signals",
         "train.allocator",
+        "train.batches",
         "train.durable",
         "train.__init__",
     ],

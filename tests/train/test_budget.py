@@ -9,19 +9,21 @@ import math
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rank_child import said
 from rank_child import train as train_ranks
 
 from regpt.config import Config, EvalConfig, OptimConfig, SampleConfig, SaveConfig
 from regpt.data.corpus import corpus
 from regpt.errors import ConfigError, Interrupted
+from regpt.infer.engine import Piece
 from regpt.optim.schedule import learning_rate
-from regpt.train import budget, session
+from regpt.train import budget, loop, session
 from regpt.train.budget import Pace, _pauses
 from regpt.train.checkpoint import newest_valid
 from regpt.train.estimate import with_time
@@ -140,6 +142,77 @@ def test_the_run_ends_with_the_time_and_the_rate_with_the_run(
     assert last["step"] == last["total_steps"] == result.step
 
 
+@pytest.mark.parametrize("tokens", [0, 4, 64])
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_first_sample_and_checkpoint_at_the_very_end_are_allowed_for(
+    config: Config, tokens: int, in_background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token takes 0.1 s, a prompt 0.4 s, a checkpoint 3 s, which its bytes foretell. Nothing is heard of the trial."""
+    save, sample = SaveConfig(in_background=in_background), SampleConfig(tokens=tokens)
+    config = dataclasses.replace(config, eval=EvalConfig(every=None), sample=sample, save=save)
+    generate, make_sample = loop.generate, Trainer.sample
+    clock = timed(
+        monkeypatch,
+        lambda *_: 0.25,
+        estimate=100,
+        eval_s=budget.FORWARD_SHARE * 0.25 * val_tokens(config) / 64,
+    )
+    n, make_save, generated = make_plan(config, probe("cpu"), vocab_size=257).parameters, Trainer.save, []
+    monkeypatch.setattr(budget, "WRITE_BYTES_PER_S", n * budget.SAVED_BYTES / 3)
+
+    def slowly(*args: Any) -> Iterator[Piece]:
+        clock.now_s += 0.4
+        generated.append(0)
+        for piece in generate(*args):
+            clock.now_s += 0.1
+            generated[-1] += 1
+            yield piece
+
+    def slow_save(self: Trainer, *, required: bool) -> bool:
+        clock.now_s += 2.9
+        return make_save(self, required=required)
+
+    monkeypatch.setattr(loop, "generate", slowly)
+    monkeypatch.setattr(Trainer, "sample", make_sample)
+    monkeypatch.setattr(Trainer, "save", slow_save)
+    result = session.train(config, "run")
+    assert generated == ([min(tokens, 8), tokens] if tokens else [])
+    assert result.elapsed_s == pytest.approx(clock.now_s - 1000)
+    assert clock.now_s - 1000 == pytest.approx(BUDGET_S, abs=0.3)
+    samples = Path("run/samples.jsonl")
+    assert (len(samples.read_text().splitlines()) if samples.exists() else 0) == bool(tokens)
+
+
+def test_the_trial_changes_no_bit(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on: losses are those of a run without it, and the generator of random numbers stands where it stood."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+    trial = Trainer.guess_pauses
+
+    def watched(self: Trainer) -> None:
+        before = torch.get_rng_state()
+        trial(self)
+        assert torch.equal(torch.get_rng_state(), before) and self.state.model.training
+        assert self.state.pace is not None and set(self.state.pace.pause_s) == {"sample", "write"}
+
+    for out, guess in (("with", watched), ("without", lambda _: None)):
+        with monkeypatch.context() as m:
+            timed(m, lambda *_: 0.25, estimate=100)
+            m.setattr(Trainer, "guess_pauses", guess)
+            session.train(config, out)
+    a, b = ([e["loss_hex"] for e in steps(out)] for out in ("with", "without"))
+    assert a[:100] == b[:100]
+
+
+def test_what_was_measured_is_not_guessed_again() -> None:
+    pace = Pace(budget_s=60.0, total_steps=9, warmup_steps=2, pause_s={"sample": 2.0})
+    pace.guess({"sample": 5.0, "write": 1.0})
+    assert pace.pause_s == {"sample": 2.0, "write": 1.0}
+    assert budget.save_guess_s(10**9, in_background=True) == {"write": 60.0}
+    assert budget.save_guess_s(10**9, in_background=False) == {"write": 60.0, "save": 60.0}
+    assert budget.sample_guess_s([1.0, 3.0, 3.5, 4.5, 5.0], 11) == 2.0 + 10 * 0.5
+    assert budget.sample_guess_s([1.0, 3.0], 5) == 10.0  # it ended at once
+
+
 def test_slower_at_the_very_end_the_run_is_in_time_but_its_decay_is_cut_short(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,9 +307,12 @@ def test_time_of_steps_undone_counts(config: Config, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
-def test_ranks_whose_clocks_differ_agree(config: Config) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_whose_clocks_differ_agree(config: Config, strategy: Any) -> None:
     """Rank 0's counts; ranks of two minds about the end would wait for each other for ever."""
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, minutes=0.5, threads=1))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, minutes=0.5, threads=1, strategy=strategy)
+    )
     assert train_ranks(2, config, "run", (None, 0, "own clock")) == [0, 0], said("run", 0) + said("run", 1)
     last = steps("run")[-1]
     assert last["step"] == last["total_steps"]

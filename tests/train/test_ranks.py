@@ -85,12 +85,16 @@ def test_ranks_follow_one_process(config: Config, strategy: str, group: int | No
     assert log("many", "eval")[-1]["val_tokens"] == log("one", "eval")[-1]["val_tokens"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_stop_in_an_evaluation_begins_the_next_sitting_with_it(config: Config, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "where"), [("ddp", "evaluation"), ("fsdp", "evaluation"), ("fsdp", "sample")]
+)
+def test_a_stop_in_an_evaluation_begins_the_next_sitting_with_it(
+    config: Config, strategy: str, where: str
+) -> None:
     """Shards are then gathered for the first time without gradients, and trained on afterwards."""
     config = with_train(config, strategy=strategy)
     assert train(2, config, "whole") == [0, 0]
-    assert train(2, config, "run", (0, 4, "SIGTERM in evaluation")) == [143, 143], said("run", 0)
+    assert train(2, config, "run", (0, 4, f"SIGTERM in {where}")) == [143, 143], said("run", 0)
     assert train(2, config, "run") == [0, 0], said("run", 0)
     assert (curve("run"), tensors("run")) == (curve("whole"), tensors("whole"))
 

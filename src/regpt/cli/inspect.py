@@ -12,6 +12,7 @@ import tyro
 from regpt.cli.parse import CommonArgs, Output, parse
 from regpt.errors import CheckpointError, DataError
 from regpt.paths import user_path
+from regpt.train.batches import Batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,12 +67,13 @@ def _described(path: Path, record: dict[str, Any], config: Config) -> list[str]:
     about = f"{config.train.minutes:g} minutes, about " if config.train.minutes is not None else ""
     try:
         plan = record["plan"]
+        ramp = Batches(plan["batch_rows"], config.train.batch_ramp_steps)
         return [
             f"run        {path}: begun {record['sittings'][0]}, {len(record['sittings'])} sitting(s)",
             f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
             f"{plan['parameters']:,} parameters",
             f"data       {config.data.source}, tokenizer {config.tokenizer.name} of {plan['vocab_size']:,}",
-            f"training   {about}{plan['steps']:,} steps of {config.train.batch_tokens:,} tokens, {plan['dtype']} on "
+            f"training   {about}{plan['steps']:,} steps of {config.train.batch_tokens:,} tokens{ramp}, {plan['dtype']} on "
             f"{record['machine']['name']}",
         ]
     except (KeyError, IndexError, TypeError) as e:

@@ -164,7 +164,8 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
     lines += [
         f"model     {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}, "
         f"vocabulary {plan.vocab_size:,} (padded {plan.padded_vocab_size:,}): {plan.parameters:,} parameters",
-        f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{ranks}{accumulation}",
+        f"batch     {plan.batch_rows} rows x {m.block_size} = {config.train.batch_tokens:,} tokens{ranks}{accumulation}"
+        f"{plan.batches}",
         f"steps     {fitted}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
         f"machine   {machine.device}: {machine.name}, {machine.threads} threads; {plan.dtype}, "
         f"{'compiled' if plan.compile else 'eager'}",

@@ -1,8 +1,9 @@
 """Step to batch, as a pure function: the order of the data has no state but the step, on any number of ranks.
 
-The global batch of step s is rows [s*R, (s+1)*R) of an endless list of windows. A row is a place in an epoch; a
-permutation, computed on the fly, says which window stands there. Windows tile the split from an offset that each epoch
-draws anew and run around its end, so every token is an input and a target in every epoch.
+The global batch of step s is rows [s*R, (s+1)*R) of an endless list of windows (fewer while a batch is ramped up, but
+without a gap: `train/batches.py`). A row is a place in an epoch; a permutation, computed on the fly, says which window
+stands there. Windows tile the split from an offset that each epoch draws anew and run around its end, so every token
+is an input and a target in every epoch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from regpt.data.shards import Ids, TokenSplit
 from regpt.errors import ConfigError
 from regpt.models import IGNORE
+from regpt.train.batches import Batches
 
 Words = NDArray[np.uint64]
 ROUNDS = 3  # with 2 the images of a handful of windows are measurably uneven
@@ -35,6 +37,7 @@ class Loader:
     Args:
         block_size: T, positions in a row.
         batch_rows: R, rows in the global batch of one step.
+        ramp_steps: over which the batch grows to them.
         seed: draws offsets and orders.
         order: permuted: every window once an epoch. replacement: windows drawn independently, as nanoGPT does.
 
@@ -50,9 +53,10 @@ class Loader:
         batch_rows: int,
         seed: int,
         order: Literal["permuted", "replacement"] = "permuted",
+        ramp_steps: int = 0,
     ) -> None:
         _check_length(split, block_size)
-        self.split, self.block_size, self.batch_rows = split, block_size, batch_rows
+        self.split, self.block_size, self.batches = split, block_size, Batches(batch_rows, ramp_steps)
         self.seed, self.order = seed, order
 
     @property
@@ -61,21 +65,25 @@ class Loader:
         return -(-self.split.n_tokens // self.block_size)
 
     def batch(
-        self, step: int, micro: int = 0, n_micro: int = 1, rank: int = 0, world: int = 1
+        self, step: int, micro: int = 0, n_micro: int = 1, rank: int = 0, world: int = 1, skipped: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one micro-batch of one rank; the same for the same arguments, always.
 
         A rank has a contiguous slice of the global batch, a micro-batch a contiguous slice of that.
 
+        Args:
+            skipped: whole batches that were passed over before this step.
+
         Returns:
-            x, y: (batch_rows / world / n_micro, block_size) int64 on the CPU; y is x one position on.
+            x, y: (rows of the step / world / n_micro, block_size) int64 on the CPU; y is x one position on.
         """
-        rows, rest = divmod(self.batch_rows, n_micro * world)
+        batch_rows = self.batches.rows(step)
+        rows, rest = divmod(batch_rows, n_micro * world)
         if rest or not (0 <= micro < n_micro and 0 <= rank < world and step >= 0):
             raise ConfigError(
-                f"a batch of {self.batch_rows} rows has no micro-batch {micro} of {n_micro} on rank {rank} of {world}."
+                f"a batch of {batch_rows} rows has no micro-batch {micro} of {n_micro} on rank {rank} of {world}."
             )
-        first = step * self.batch_rows + (rank * n_micro + micro) * rows
+        first = self.batches.first_row(step, skipped) + (rank * n_micro + micro) * rows
         starts = self.starts(np.arange(first, first + rows))
         ids = self.split.rows(starts, self.block_size + 1)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)

@@ -26,6 +26,7 @@ from regpt.infer.sampling import choose, uniform
 from regpt.infer.settings import SamplingSettings as SamplingSettings
 from regpt.models import LanguageModel
 from regpt.tokenizers import Tokenizer
+from regpt.train.dist import is_sharded
 
 FinishReason = Literal["stop", "length"]
 """stop: a stop string, or `<|endoftext|>`; length: `max_new_tokens`."""
@@ -218,9 +219,11 @@ class _Context:
         weight = next(cast(nn.Module, model).parameters())
         self.model, self.device, self.start = model, weight.device, 0
         self.block_size = model.config.block_size
+        # Of shards, FSDP makes tensors in the first pass that training uses later.
+        self.mode = torch.no_grad if is_sharded(weight) else torch.inference_mode
         self.cache = None
         if cached:
-            with torch.inference_mode():
+            with self.mode():
                 positions = min(positions, self.block_size)
                 self.cache = KVCache(model.config, rows, positions, weight.device, weight.dtype)
 
@@ -234,14 +237,14 @@ class _Context:
         seen = self.start + (self.cache.length if self.cache is not None else 0)
         ids = torch.tensor([row[seen:] for row in rows], device=self.device)  # (B, T); T = 1 after the prompt
         # Entered for each token: around a `yield` both modes would leak into the caller's code.
-        with _evaluating(self.model), torch.inference_mode():
+        with _evaluating(self.model), self.mode():
             hidden = self.model.hidden(ids, self.cache)
             return self.model.head(hidden[:, -1:])[:, 0, : self.model.vocab_size]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows; the others are finished."""
         if self.cache is not None:
-            with torch.inference_mode():
+            with self.mode():
                 self.cache.keep(rows)
 
 

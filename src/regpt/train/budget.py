@@ -9,8 +9,9 @@ jumps, and the last update has the rate that a schedule ends with, if the last s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from regpt.config import Config, OptimConfig
@@ -24,6 +25,10 @@ TOLERANCE = 0.02  # of the steps left: by less than this the total does not foll
 WARMUP_SHARE = 0.25  # of the total at most: a budget may hold fewer steps than `warmup_steps` had in mind
 FINEST_S = 1e-9  # a step is not faster, whatever the clock says
 FORWARD_SHARE = 1 / 3  # of a training step, a token: an evaluation's cost until one was measured
+TRIED_TOKENS = 8  # generated before the first step: a sample's cost until one was measured
+# A checkpoint's cost until one was written: a slow disk's rate, for a weight and two moments of each parameter at most.
+WRITE_BYTES_PER_S = 2e8
+SAVED_BYTES = 12
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -39,7 +44,7 @@ class Pace:
     recent_token_s: list[float] = dataclasses.field(default_factory=list)
     """Seconds of a training step divided by its tokens, of the last RECENT_STEPS."""
     pause_s: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What the last evaluation, sample and save each took; "write": the whole writing of a checkpoint."""
+    """What the last evaluation, sample and save each took, or a guess; "write": the whole writing of a checkpoint."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> Pace | None:
@@ -59,32 +64,45 @@ class Pace:
         if step >= start or self.decayed > 0:
             self.decayed += (1 - self.decayed) / max(self.total_steps - step, 1)
 
+    def guess(self, pause_s: Mapping[str, float]) -> None:
+        """What pauses may take that were not measured so far."""
+        self.pause_s = {**pause_s, **self.pause_s}
+
     def measured(self, token_s: float) -> None:
         """A training step took so long, divided by its tokens."""
         self.recent_token_s = [*self.recent_token_s, token_s][-RECENT_STEPS:]
 
     def steps_that_fit(
-        self, step: int, elapsed_s: float, step_tokens: int, every: Mapping[str, int | None], val_tokens: int
+        self,
+        step: int,
+        elapsed_s: float,
+        tokens_before: Callable[[int], int],
+        every: Mapping[str, int | None],
+        val_tokens: int,
     ) -> int:
         """The total that ends nearest to the budget, as far as is known now.
 
         Args:
             step: updates made; evaluations and saves due at it are not done yet.
+            tokens_before: of a step; no step has fewer than those before it.
             every: steps between pauses of each kind, all of which also come at the end; None: then only.
             val_tokens: that an evaluation reads.
         """
         left_s = self.budget_s - elapsed_s
         if not self.known:
             return max(self.total_steps, step + 1) if left_s > 0 else step
-        token_s = statistics.median(self.recent_token_s)
-        step_s = max(step_tokens * token_s, FINEST_S)
+        here = tokens_before(step)
+        step_tokens = tokens_before(step + 1) - here
+        token_s = max(statistics.median(self.recent_token_s), FINEST_S / step_tokens)
+        step_s = step_tokens * token_s
         cost_s = {"eval": FORWARD_SHARE * val_tokens * token_s} | self.pause_s
         # The last checkpoint is waited for, the others are written while training goes on.
         final_s = max(cost_s.pop("write", 0.0) - cost_s.get("save", 0.0), 0.0)
 
         def fits(n: int) -> bool:
             pauses = sum(s * _pauses(step, n, every[kind]) for kind, s in cost_s.items() if kind in every)
-            return n * step_s + pauses + final_s <= left_s + step_s / 2
+            last_s = (tokens_before(step + n) - tokens_before(step + n - 1)) * token_s
+            return (tokens_before(step + n) - here) * token_s + pauses + final_s <= left_s + last_s / 2
 
         low, high = 0, max(int(left_s / step_s), 0) + 2
         while high - low > 1:
@@ -98,6 +116,21 @@ class Pace:
             self.total_steps = fitting
         if self.known and step < self.warmup_steps:
             self.warmup_steps = max(step, min(self.warmup_steps, int(WARMUP_SHARE * self.total_steps)))
+
+
+def save_guess_s(parameters: int, *, in_background: bool) -> dict[str, float]:
+    """What writing a checkpoint may take, and how long training may wait for one."""
+    write_s = parameters * SAVED_BYTES / WRITE_BYTES_PER_S
+    return {"write": write_s} if in_background else {"write": write_s, "save": write_s}
+
+
+def sample_guess_s(read_s: Sequence[float], tokens: int) -> float:
+    """What a sample of `tokens` may take, by the clock before a short one and after each of its tokens.
+
+    The first token has the prompt in it; what a context that slides costs is left out.
+    """
+    first, *others = (b - a for a, b in itertools.pairwise(read_s))
+    return first + (tokens - 1) * (statistics.median(others) if others else first)
 
 
 def pause_periods(config: Config) -> dict[str, int | None]:

@@ -34,7 +34,9 @@ def with_time(plan: Plan, config: Config, machine: Machine) -> Plan:
     plan = plan if plan.time_s is not None else _measured(plan, config, machine)
     if config.train.minutes is None or plan.time_s is None:
         return plan
-    steps = int(60 * config.train.minutes / plan.time_s * plan.steps)
+    # In whole batches; where they are ramped up, there are more steps in them.
+    fitting = 60 * config.train.minutes / plan.time_s * (plan.batches.before(plan.steps) / plan.batch_rows)
+    steps = plan.batches.steps_in(fitting)
     return with_steps(plan, min(max(steps, 1), LARGEST))
 
 
@@ -55,7 +57,9 @@ def _measured(plan: Plan, config: Config, machine: Machine) -> Plan:
         one, two = (_pass_and_update_s(n, rows, T, plan, config, machine) for n in (1, 2))
     layers = config.model.n_layer - 1
     pass_s, update_s = (max(a, a + layers * (b - a)) for a, b in zip(one, two, strict=True))
-    tokens = plan.n_micro * plan.micro_rows * config.model.block_size
+    # On average: a ramp's batches have fewer tokens, and as much of an update.
+    ramped = plan.batches.before(plan.steps) / (plan.steps * plan.batch_rows)
+    tokens = plan.n_micro * plan.micro_rows * config.model.block_size * ramped
     longer = plan.flops_per_token / _flops(config.model, T, plan)
     step_s = pass_s * tokens / (rows * T) * longer + update_s
     return dataclasses.replace(plan, time_s=plan.steps * step_s)

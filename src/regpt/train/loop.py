@@ -34,7 +34,14 @@ from regpt.optim.groups import make_optimizer
 from regpt.optim.schedule import learning_rate, set_rates
 from regpt.tokenizers import Tokenizer
 from regpt.train import checkpoint, named
-from regpt.train.budget import UNMEASURED_STEPS, Pace, pause_periods
+from regpt.train.budget import (
+    TRIED_TOKENS,
+    UNMEASURED_STEPS,
+    Pace,
+    pause_periods,
+    sample_guess_s,
+    save_guess_s,
+)
 from regpt.train.checkpoint import SaveFailed
 from regpt.train.dist import Ranks
 from regpt.train.machine import Machine, autocast, peak_memory_bytes
@@ -73,7 +80,7 @@ class TrainState:
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     skipped_steps: int = 0
-    """Global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
+    """Whole global batches passed over by rolling back: the batch of step s is number s + skipped_steps."""
     bad_in_a_row: int = 0
     """Bad steps of which each came within MAX_BAD steps of the one before."""
     last_bad_step: int = -1_000_000
@@ -175,6 +182,7 @@ class Trainer:
         s = self.state
         s.model.train()
         self._clock_s = self.clock()
+        self.guess_pauses()
         try:
             while True:
                 last, news = s.step >= self.total_steps, False
@@ -209,11 +217,10 @@ class Trainer:
         s, config, plan = self.state, self.config, self.plan
         began = self.clock()
         rate = set_rates(s.optimizer.param_groups, s.step, self.optim, self.total_steps, decayed=self.decayed)
-        for micro in range(plan.n_micro):
+        self.gradients.n_micro = n_micro = plan.micro(s.step)[0]
+        for micro in range(n_micro):
             self.poll()
-            x, y = self.loader.batch(
-                s.step + s.skipped_steps, micro, plan.n_micro, self.ranks.rank, plan.world
-            )
+            x, y = self.loader.batch(s.step, micro, n_micro, self.ranks.rank, plan.world, s.skipped_steps)
             self.seed_dropout(s.step + s.skipped_steps, micro)
             self.gradients.before(micro)
             with self.autocast():
@@ -332,6 +339,12 @@ class Trainer:
         self.state.elapsed_s += (passed := self._clock_s - before)
         return passed
 
+    @property
+    def step_tokens(self) -> int:
+        """Of the last update."""
+        s, before = self.state, self.plan.tokens_before
+        return before(s.step) - before(s.step - 1)
+
     def keep_pace(self) -> None:
         """After a step: the total that fits the time budget, if there is one; the same on all ranks."""
         s, config = self.state, self.config
@@ -341,11 +354,11 @@ class Trainer:
             return
         s.pace.made(s.step - 1, config.optim)
         if self._steps_here > UNMEASURED_STEPS:
-            s.pace.measured(step_s / config.train.batch_tokens)
+            s.pace.measured(step_s / self.step_tokens)
         fitting = s.pace.steps_that_fit(
             s.step,
             s.elapsed_s,
-            config.train.batch_tokens,
+            self.plan.tokens_before,
             pause_periods(config),
             self.val_split.n_tokens if self.val_split else 0,
         )
@@ -365,6 +378,23 @@ class Trainer:
                 if s.pace
                 else Pace(budget_s=budget_s, total_steps=total, warmup_steps=self.config.optim.warmup_steps)
             )
+
+    def guess_pauses(self) -> None:
+        """Before the first step: what a sample and a checkpoint may take, so that the first of them may come at the end.
+
+        A few tokens are generated for it, which nobody sees; nothing of the run but its length depends on them.
+        """
+        pace, tokens, prompt = self.state.pace, self.config.sample.tokens, self.config.sample.prompt
+        if pace is None or self.state.step >= self.total_steps:
+            return
+        pace.guess(save_guess_s(self.plan.parameters, in_background=self.config.save.in_background))
+        if tokens and "sample" not in pace.pause_s and (self.ranks.main or self.gradients.sharded):
+            few = dataclasses.replace(self.sampling, max_new_tokens=min(tokens, TRIED_TOKENS))
+            read_s = [self.clock()]
+            for _ in generate(cast(LanguageModel, self.state.model), self.tokenizer, prompt, few):
+                read_s.append(self.clock())
+            pace.guess({"sample": sample_guess_s(read_s, tokens)})
+        self.tick()
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
@@ -399,11 +429,8 @@ class Trainer:
             return True
         self.settle()  # so that the message, and going back, know the last checkpoint
         self._count_bad_step()
-        rows, data_step, policy = (
-            self.plan.batch_rows,
-            s.step + s.skipped_steps,
-            self.config.train.on_bad_step,
-        )
+        first, policy = self.next_row, self.config.train.on_bad_step
+        end = first + self.plan.batches.rows(s.step)
         what, number = ("gradient norm", str(norm)) if math.isfinite(loss) else ("loss", str(loss))
         if finite:
             what, number = (
@@ -411,7 +438,7 @@ class Trainer:
             )
         error = TrainingDiverged(
             f"the {what} at step {s.step} is {number}; the update was not made.",
-            got=f"rows {data_step * rows} to {(data_step + 1) * rows - 1}, learning rate "
+            got=f"rows {first} to {end - 1}, learning rate "
             f"{learning_rate(s.step, self.optim, self.total_steps, decayed=self.decayed):.2e}, {self.plan.dtype}",
             hint=f"a lower --optim.lr, a longer --optim.warmup-steps, or --train.dtype float32; {self.last_checkpoint}",
         )
@@ -431,8 +458,13 @@ class Trainer:
             )
             s.step += 1
         else:
-            self._roll_back(error, data_step)
+            self._roll_back(error, end)
         return False
+
+    @property
+    def next_row(self) -> int:
+        """The first row of the next update."""
+        return self.plan.batches.first_row(self.state.step, self.state.skipped_steps)
 
     def _count_bad_step(self) -> None:
         s = self.state
@@ -456,8 +488,8 @@ class Trainer:
             return False
         return loss > statistics.fmean(recent) + sigma * statistics.pstdev(recent)
 
-    def _roll_back(self, error: TrainingDiverged, data_step: int) -> None:
-        """To the last checkpoint, from where training goes on with the rows that come after those of `data_step`."""
+    def _roll_back(self, error: TrainingDiverged, row: int) -> None:
+        """To the last checkpoint, from where training goes on with the rows from `row` on."""
         s = self.state
         times, bad_step, elapsed_s = s.bad_in_a_row, s.last_bad_step, s.elapsed_s
 
@@ -472,7 +504,8 @@ class Trainer:
         if not self.ranks.from_main(found is not None):
             raise error
         self.restore(found)
-        s.skipped_steps, s.bad_in_a_row, s.last_bad_step = data_step + 1 - s.step, times, bad_step
+        s.skipped_steps = self.plan.batches.skipped(s.step, row)
+        s.bad_in_a_row, s.last_bad_step = times, bad_step
         s.elapsed_s = elapsed_s  # the steps are undone, the time is not
         self.rewind()
         note(
@@ -504,9 +537,10 @@ class Trainer:
             )
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Dropout's masks depend on the seed, the step, and which rows of the global batch the micro-batch holds."""
+        """Dropout's masks depend on the seed, the batch's number, and which of its rows the micro-batch holds."""
         if self.config.model.dropout:
-            row = (self.ranks.rank * self.plan.n_micro + micro) * self.plan.micro_rows
+            n_micro, micro_rows = self.plan.micro(self.state.step)
+            row = (self.ranks.rank * n_micro + micro) * micro_rows
             digest = hashlib.blake2b(f"{self.config.seed}/{step}/{row}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -531,7 +565,7 @@ class Trainer:
             self._count_bad_step()
             if self.config.train.on_bad_step != "rollback" or s.bad_in_a_row > MAX_BAD:
                 raise error
-            self._roll_back(error, s.step + s.skipped_steps - 1)
+            self._roll_back(error, self.next_row)
             return False
         self.tick()
         tensors, scalars = named.optimizer_tensors(s.model, s.optimizer)
@@ -662,12 +696,12 @@ class Trainer:
 
     def _numbers(self, loss: float, norm: float, rate: float, took: float) -> dict[str, Any]:
         s, plan = self.state, self.plan
-        per_second = self.config.train.batch_tokens / took
+        per_second = self.step_tokens / took
         numbers: dict[str, Any] = {
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "tokens": s.step * self.config.train.batch_tokens,
+            "tokens": plan.tokens_before(s.step),
             "tokens_per_second": per_second,
             "time_s": s.seconds,
             "elapsed_s": s.elapsed_s,

@@ -63,7 +63,9 @@ class Gradients:
 
     def __init__(self, model: nn.Module, plan: Plan, ranks: Ranks) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.plan, self.ranks, self.model = plan, ranks, model
+        self.n_micro = plan.n_micro
+        """Micro-batches of this update on this rank; the loop sets it where batches grow."""
+        self.ranks, self.model = ranks, model
         self.exact = plan.reduction == "exact"
         self.sharded = plan.strategy == "fsdp"
         self.ddp: DistributedDataParallel | None = None
@@ -78,7 +80,7 @@ class Gradients:
 
     def before(self, micro: int) -> None:
         """Before the forward pass, which is where DDP and FSDP look whether this micro-batch will be the last."""
-        last = micro == self.plan.n_micro - 1
+        last = micro == self.n_micro - 1
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = last
         elif self.sharded:
@@ -95,7 +97,7 @@ class Gradients:
     @property
     def scale(self) -> float:
         """What a micro-batch's mean loss is multiplied by before its backward pass."""
-        return 1.0 if self.exact else 1.0 / self.plan.n_micro
+        return 1.0 if self.exact else 1.0 / self.n_micro
 
     def finish(self) -> float:
         """Leave the global gradient in every parameter's `.grad`; the mean loss over the global batch."""
@@ -120,7 +122,7 @@ class Gradients:
 
     def _exact(self) -> None:
         local, self._tree = self._tree.result(), TreeSum()
-        leaves = self.plan.n_micro * self.ranks.world
+        leaves = self.n_micro * self.ranks.world
         if self.ranks.world > 1:
             for bucket in _buckets(local):
                 tree = TreeSum()

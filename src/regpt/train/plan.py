@@ -20,6 +20,7 @@ from regpt.models.shape import check_model
 from regpt.optim.groups import check_optimizer
 from regpt.optim.schedule import check_schedule
 from regpt.tokenizers import check_entries
+from regpt.train.batches import PARTS, Batches
 from regpt.train.machine import Machine, choose_dtype
 
 # Share of the data sheet's rate that plain PyTorch training reaches, as published for one H200.
@@ -41,6 +42,9 @@ class Plan:
     reduction: str
     batch_rows: int
     """Rows of block_size tokens in one update, over all ranks."""
+    block_size: int
+    batch_ramp_steps: int
+    """Over which the batch grows to `batch_rows`."""
     micro_rows: int
     """Rows in one forward pass of one rank."""
     n_micro: int
@@ -58,6 +62,19 @@ class Plan:
     memory: Memory
     time_s: float | None
     """Expected seconds of training steps; None where no data sheet tells (`train/estimate.py` measures there)."""
+
+    @property
+    def batches(self) -> Batches:
+        """Rows of every update."""
+        return Batches(self.batch_rows, self.batch_ramp_steps)
+
+    def micro(self, step: int) -> tuple[int, int]:
+        """One rank's forward passes in update number `step`, and their rows."""
+        return self.batches.micro(step, self.n_micro, self.micro_rows)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens that all updates before number `step` are made on."""
+        return self.batches.before(step) * self.block_size
 
 
 def make_plan(
@@ -93,8 +110,10 @@ def make_plan(
             hint=f"--train.micro-rows {max(rows // world // 2, 1)}",
         )
     micro_rows = config.train.micro_rows or _largest_that_fits(rows // world, T, machine, memory)
+    n_micro, ramp = rows // world // micro_rows, config.train.batch_ramp_steps
+    _check_ramp_is_exact(config, rows // world, n_micro)
     per_token = flops_per_token(config.model, vocab_size)
-    total_tokens = config.train.steps * config.train.batch_tokens
+    total_tokens = Batches(rows, ramp).before(config.train.steps) * T
     rate = machine.peak_flops if dtype != "float32" else None  # data sheets speak of 16 bits
     return Plan(
         device=machine.device,
@@ -104,8 +123,10 @@ def make_plan(
         strategy=config.train.strategy if world > 1 else "one rank",
         reduction=config.train.reduction,
         batch_rows=rows,
+        block_size=T,
+        batch_ramp_steps=ramp,
         micro_rows=micro_rows,
-        n_micro=rows // world // micro_rows,
+        n_micro=n_micro,
         steps=config.train.steps,
         total_tokens=total_tokens,
         epochs=total_tokens / train_tokens if train_tokens else None,
@@ -168,6 +189,7 @@ def _check(config: Config, vocab_size: int) -> None:
     check_model(config.model, vocab_size)
     check_optimizer(config.optim)
     _check_minutes(config)
+    _check_ramp(config)
     # How many steps a time budget holds is not known yet: the warm-up then follows (`train/budget.py`).
     check_schedule(config.optim, config.train.steps if config.train.minutes is None else 0)
     if not 0 <= config.data.val_fraction < 1:
@@ -205,12 +227,39 @@ def _check_minutes(config: Config) -> None:
         )
 
 
+def _check_ramp(config: Config) -> None:
+    """A ramp that comes to its end."""
+    t = config.train
+    if t.batch_ramp_steps < 0:
+        raise ConfigError(
+            "train.batch_ramp_steps must not be negative.",
+            got=t.batch_ramp_steps,
+            hint="--train.batch-ramp-steps 0 turns it off",
+        )
+    if t.minutes is None and t.batch_ramp_steps > t.steps:
+        raise ConfigError(
+            f"train.batch_ramp_steps={t.batch_ramp_steps} is longer than train.steps={t.steps}: no batch would be whole.",
+            hint=f"--train.batch-ramp-steps {t.steps // 5}",
+        )
+
+
+def _check_ramp_is_exact(config: Config, rank_rows: int, n_micro: int) -> None:
+    """Micro-batches are the leaves of the exact sum, so none may become smaller on one number of ranks and not on another."""
+    if config.train.batch_ramp_steps and config.train.reduction == "exact" and n_micro % PARTS:
+        raise ConfigError(
+            "train.reduction=exact with train.batch_ramp_steps needs a number of micro-batches a rank that divides by"
+            f" {PARTS}.",
+            got=n_micro,
+            hint=f"--train.micro-rows {rank_rows // PARTS}",
+        )
+
+
 def with_steps(plan: Plan, steps: int) -> Plan:
     """The plan with another number of steps, and what follows from it."""
     if steps == plan.steps:
         return plan
-    share = steps / plan.steps
-    tokens = steps * (plan.total_tokens // plan.steps)
+    tokens = plan.tokens_before(steps)
+    share = tokens / plan.tokens_before(plan.steps)
     return dataclasses.replace(
         plan,
         steps=steps,
@@ -266,7 +315,18 @@ def _batch_rows(config: Config, world: int) -> int:
             + (f" = {unit}." if parts else "."),
             hint=f"--train.batch-tokens {choices}",
         )
-    return config.train.batch_tokens // T
+    rows = config.train.batch_tokens // T
+    if config.train.batch_ramp_steps and rows % (PARTS * world):
+        unit = math.lcm(unit, PARTS * world * T)
+        lower = config.train.batch_tokens // unit * unit
+        choices = " or ".join(str(n) for n in (lower, lower + unit) if n)
+        raise ConfigError(
+            f"train.batch_ramp_steps begins with a quarter of train.batch_tokens={config.train.batch_tokens}.",
+            got=f"{rows} rows of {T} tokens" + (f" on {world} ranks" if world > 1 else ""),
+            expected=f"a multiple of {PARTS * world} rows",
+            hint=f"--train.batch-tokens {choices}",
+        )
+    return rows
 
 
 def _largest_that_fits(rows: int, T: int, machine: Machine, memory: Callable[[int], Memory]) -> int:

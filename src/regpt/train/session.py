@@ -49,6 +49,7 @@ FIXED = (
     "tokenizer.name",
     "tokenizer.vocab_size",
     "train.batch_tokens",
+    "train.batch_ramp_steps",
     "data.order",
     "optim.name",
 )
@@ -129,6 +130,7 @@ def _train(
             batch_rows=config.train.batch_tokens // config.model.block_size,
             seed=config.seed,
             order=config.data.order,
+            ramp_steps=config.train.batch_ramp_steps,
         )
     )
     with contextlib.ExitStack() as stack:
@@ -170,6 +172,7 @@ def _same_plan(plan: Plan, ranks: Ranks) -> None:
         "dtype",
         "steps",
         "batch_rows",
+        "batch_ramp_steps",
         "parameters",
         "strategy",
         "reduction",
@@ -410,7 +413,7 @@ def _check_facts(facts: dict[str, Any], found: checkpoint.Checkpoint | None, run
 
 def _result(trainer: Trainer, run: RunDirectory) -> TrainResult:
     s = trainer.state
-    tokens = s.step * trainer.config.train.batch_tokens
+    tokens = trainer.plan.tokens_before(s.step)
     return TrainResult(
         step=s.step,
         tokens=tokens,

@@ -218,7 +218,7 @@ def _planned(config: Config, machine: Machine, vocab_size: int) -> Plan:
 
 def _tried(config: Config) -> Config:
     """`config` without what belongs to another length or batch than the proposal's."""
-    train = dataclasses.replace(config.train, minutes=None, micro_rows=None)
+    train = dataclasses.replace(config.train, minutes=None, micro_rows=None, batch_ramp_steps=0)
     optim = dataclasses.replace(config.optim, warmup_steps=0, decay_steps=None)
     return dataclasses.replace(config, train=train, optim=optim)
 
@@ -268,7 +268,12 @@ def _proposal(
     chosen = dataclasses.replace(
         config,
         train=dataclasses.replace(
-            config.train, batch_tokens=batch, steps=steps, micro_rows=None, minutes=minutes
+            config.train,
+            batch_tokens=batch,
+            batch_ramp_steps=0,  # the law was fitted without
+            steps=steps,
+            micro_rows=None,
+            minutes=minutes,
         ),
         optim=dataclasses.replace(config.optim, warmup_steps=warmup, decay_steps=None),
     )
