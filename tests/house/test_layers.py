@@ -29,7 +29,7 @@ LAYERS = [
     ["data", "models", "optim", "train.run", "train.machine"],
     ["train.checkpoint", "train.named", "train.load", "train.plan", "train.budget", "infer"],
     ["evals"],
-    ["train.estimate", "train.parallel"],
+    ["train.estimate", "train.parallel", "train.compile"],
     ["train.loop", "train.session", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]

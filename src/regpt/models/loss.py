@@ -159,13 +159,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         reduction: str,
     ) -> Tensor:
-        ctx.settings, ctx.dtypes = (vocab_size, softcap, dtype), (x.dtype, matrix.dtype)
+        ctx.vocab_size, ctx.softcap, ctx.dtype, ctx.dtypes = (
+            vocab_size,
+            softcap,
+            dtype,
+            (x.dtype, matrix.dtype),
+        )
         ctx.reduction = reduction
         if reduction == "none":
             ctx.save_for_backward(x, matrix, y)
-            return _by_chunks(x, matrix, y, *ctx.settings)[0]
+            return _by_chunks(x, matrix, y, vocab_size, softcap, dtype)[0]
         weights = torch.ones(len(y), device=y.device)
-        losses, dx, dw = _by_chunks(x, matrix, y, *ctx.settings, weights)
+        losses, dx, dw = _by_chunks(x, matrix, y, vocab_size, softcap, dtype, weights)
         ctx.save_for_backward(dx, dw, (y != IGNORE).sum() if reduction == "mean" else None)
         return _reduced(losses, y, reduction)
 
@@ -174,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduction == "none":
             x, matrix, y = ctx.saved_tensors
             with torch.autocast(x.device.type, enabled=False):
-                _, dx, dw = _by_chunks(x, matrix, y, *ctx.settings, g)
+                _, dx, dw = cast(Any, _by_chunks)(x, matrix, y, ctx.vocab_size, ctx.softcap, ctx.dtype, g)
         else:
             dx, dw, count = ctx.saved_tensors
             scale = g if count is None else g / count.clamp(min=1)
