@@ -140,7 +140,7 @@ def test_settings_out_of_range(change: dict[str, object], message: str) -> None:
 
 
 def test_dtype_by_hardware() -> None:
-    small, large = ModelConfig(n_embd=128), ModelConfig(n_embd=768)
+    small, large = ModelConfig(n_embd=96), ModelConfig(n_embd=768)
     amx = dataclasses.replace(LAPTOP, fast_bf16=True)
     t4 = dataclasses.replace(A100, fast_bf16=False)
     assert choose_dtype("auto", LAPTOP, large) == "float32"
