@@ -1,9 +1,10 @@
 """train.compile=auto on a CPU: whether compiling the model gains more time than it takes, and where its results are kept.
 
-Measured on two shapes of each kind with torch 2.13, one thread of an AMD EPYC (Zen 5), bfloat16, processor time beside the
-eager form in the same process. Forward and backward pass: `modern` 4 x 128 takes 0.68 compiled, `gpt2` 4 x 128 0.87; at 6 x
-384 with dropout it takes 1.4, since Inductor's loops are slower than PyTorch's kernels where tensors are large: there auto
-never compiles. The first step took 76 s and 46 s, 8 s and 3 s once results were kept.
+Measured with torch 2.13 on one busy machine, one thread of an AMD EPYC (Zen 5), bfloat16, processor time beside the eager form
+in the same process. Forward and backward pass: `modern` 4 x 128 takes 0.68 to 0.64 compiled, `gpt2` 4 x 128 0.87; `gpt2` 6 x
+384 with dropout takes 1.4: there auto never compiles, nor at widths and vocabularies that were not measured. The first step
+took 76, 46 and 65 s, or 8, 3 and 5 s once results were kept; the rule counts a cold start always. The presets for a CPU are
+too short for it.
 """
 
 from __future__ import annotations
