@@ -36,6 +36,7 @@ def test_data() -> Path:
 def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Settings of a run that takes a second, in an empty current folder, on a text of its own, dropout on."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     (tmp_path / "text.txt").write_text(TINY_TEXT, encoding="utf-8")
     return tiny_config()
 

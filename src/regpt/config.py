@@ -139,7 +139,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of matrix products; weights and optimizer stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the training step. auto: on CUDA, with a logged fallback."""
+    """torch.compile of the training step. auto: on CUDA, and on a CPU where a run is long enough for it; a failure is
+    logged, and training goes on without."""
     threads: int | None = None
     """CPU threads of one rank. None: PyTorch's own choice, or this host's cores shared among its ranks."""
     strategy: Literal["ddp", "fsdp"] = "ddp"

@@ -158,7 +158,13 @@ def test_parts_follow_from_the_parameters() -> None:
     memory = memory_estimate(config, 50257, micro_rows=4, dtype="bfloat16", device_type="cuda", n_micro=8)
     assert (memory.weights, memory.optimizer) == (4 * n, 8 * n)
     assert memory.gradients == 4 * n + 4 * 50304 * 768
-    assert memory.logits == 12 * 4 * 1024 * 50304
+    assert (
+        memory.logits == 6 * 586 * 50304 + 2 * 50304 * 768
+    )  # a chunk of 586 positions; part of the head's gradient
+    compiled = memory_estimate(
+        config, 50257, micro_rows=4, dtype="bfloat16", device_type="cuda", n_micro=8, compiled=True
+    )
+    assert compiled.logits == 12 * 4 * 1024 * 50304
     assert memory.total == sum(
         (
             memory.process,

@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
 
     from regpt.tokenizers.gpt2 import FOLDER_VARIABLE, gpt2_is_here
     from regpt.train.allocator import keep_memory
+    from regpt.train.compile import cpp_compiler, inductor_folder
     from regpt.train.machine import measure_flops, probe
 
     machine = probe("auto")
@@ -69,7 +70,8 @@ def examine() -> dict[str, Any]:
         "matmul_flops": rates,
         "fast_bf16": machine.fast_bf16,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "compiled_kept_in": str(inductor_folder()),
+        "compiler": cpp_compiler(),
         "allocator_keeps_memory": keep_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "gpt2_vocabulary": "ready" if gpt2_is_here() else missing,
@@ -87,7 +89,8 @@ def _page(f: dict[str, Any]) -> str:
         f"{f['cores']} cores, {f['cpu_capability']}",
         f"speed     matrix product: {rates}{peak}",
         f"bfloat16  {'has hardware of its own' if f['fast_bf16'] else 'has no hardware of its own; float32 is used'}",
-        f"compiler  {f['compiler'] or 'no C++ compiler: torch.compile is not available on the CPU'}",
+        f"compiler  {f['compiler'] or 'no C++ compiler: torch.compile is not available on the CPU'}"
+        + f"; compiled code is kept in {f['compiled_kept_in']}",
         "allocator "
         + (
             "glibc, told to keep freed memory (saves page faults, holds the peak)"

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     args = parse(Args, rest, prog="regpt plan", description=__doc__ or "", default=Args(config=preset.config))
     from regpt.data.corpus import known_corpus
     from regpt.train.allocator import keep_memory
+    from regpt.train.compile import cpp_compiler, with_compile
     from regpt.train.estimate import with_time
     from regpt.train.machine import probe, using
     from regpt.train.plan import as_dict, make_plan
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
         if spend is not None:
             return _propose(args, name, spend, machine, vocab_size, sure, train_tokens)
         plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens)
-        plan = with_time(plan, config, machine)
+        plan = with_compile(with_time(plan, config, machine), config, machine, compiler=cpp_compiler())
     values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
     if not sure:
@@ -168,7 +169,7 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None
         f"{plan.batches}",
         f"steps     {fitted}: {plan.total_tokens:,} tokens{epochs}, {plan.total_flops:.2e} FLOPs",
         f"machine   {machine.device}: {machine.name}, {machine.threads} threads; {plan.dtype}, "
-        f"{'compiled' if plan.compile else 'eager'}",
+        f"{'compiled' if plan.compile else 'eager'}" + (f": {plan.compile_why}" if plan.compile_why else ""),
         f"memory    {gib(memory.total)}: weights {gib(memory.weights)}, gradients {gib(memory.gradients)}, "
         f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, logits {gib(memory.logits)}, "
         f"process {gib(memory.process)}" + (f", checkpoint {gib(memory.saving)}" if memory.saving else ""),

@@ -19,7 +19,7 @@ from regpt.config import ModelConfig
 from regpt.errors import ConfigError
 from regpt.models import KVLayers, pad_vocab
 from regpt.models.attention import attend
-from regpt.models.loss import cross_entropy
+from regpt.models.loss import cross_entropy, in_chunks, linear_cross_entropy
 from regpt.models.shape import check_shape
 
 INIT_STD = 0.02  # of every matrix and embedding, as Hugging Face; OpenAI's model.py has 0.01 for wpe
@@ -146,5 +146,10 @@ class GPT2(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Logits (B, T, V), or, given targets (B, T), their `cross_entropy`."""
-        logits = self.head(self.hidden(ids))
+        hidden = self.hidden(ids)
+        if targets is not None and in_chunks(self.padded_vocab_size):
+            return linear_cross_entropy(
+                hidden, self.wte.weight, targets, vocab_size=self.vocab_size, reduction=reduction
+            )
+        logits = self.head(hidden)
         return logits if targets is None else cross_entropy(logits, targets, reduction)

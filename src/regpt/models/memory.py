@@ -3,7 +3,9 @@
 On a CPU the figure is the resident set of the whole process, with malloc told to keep freed memory (train/allocator.py):
 the heap then holds more than is alive at any instant, and the factors here were fitted to runs of 4 to 24 layers, 128 to
 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16, which they meet within 15 % (tests/models/test_memory.py).
-The same run repeated may differ by a tenth. On a GPU it is what PyTorch's allocator hands out; that has not been
+The same run repeated may differ by a tenth. Losses by chunks (2,048 ids and more)
+came after these fits: of 4 layers x 256 with 50,257 ids the plan was 0.78 of the peak before a chunk was freed earlier, and
+has not been measured since. On a GPU it is what PyTorch's allocator hands out; that has not been
 measured yet. torch.compile needs less.
 """
 
@@ -18,6 +20,7 @@ from regpt.config import ModelConfig
 from regpt.models import pad_vocab
 from regpt.models.attention import by_products
 from regpt.models.count import count_parameters
+from regpt.models.loss import CHUNKED_FROM, chunk_rows
 
 # Python, torch, its kernels, Dynamo, which the first optimizer step imports, the tokenizer, a sample's generation.
 PROCESS_BYTES = 366 << 20
@@ -30,6 +33,9 @@ MODERN_ACTIVATION_BYTES = {"float32": 80, "bfloat16": 49, "float16": 49}
 STREAM_BYTES = 4  # of one channel between layers
 LOGIT_BYTES = 12  # float32 logits, their log-softmax, their gradient
 SOFTCAP_BYTES = 8  # the hyperbolic tangent, and its gradient
+# Of a logit in the chunk at hand (models/loss.py): one float32 number for all, with a copy in the products' dtype; its tanh.
+CHUNK_LOGIT_BYTES = {"float32": 4, "bfloat16": 6, "float16": 6}
+CHUNK_SOFTCAP_BYTES = 4
 # What the heap holds over what is alive: activations, logits; the fit of one backward pass a step, and of several.
 CPU_ONE_PASS = (1.27, 1.54)
 CPU_SEVERAL_PASSES = {"float32": (1.76, 2.60), "bfloat16": (1.25, 1.80), "float16": (1.25, 1.80)}
@@ -80,6 +86,19 @@ def saved_bytes_per_token(config: ModelConfig, dtype: str, device_type: str) -> 
     return kept
 
 
+def logit_bytes(
+    config: ModelConfig, vocab_size: int, tokens: int, dtype: str, *, compiled: bool = False
+) -> int:
+    """What the loss of so many tokens holds: all logits, or those of a chunk."""
+    width, capped = pad_vocab(vocab_size), config.arch == "modern" and config.modern.softcap is not None
+    if compiled or width < CHUNKED_FROM:
+        return (LOGIT_BYTES + SOFTCAP_BYTES * capped) * tokens * width
+    chunk = (CHUNK_LOGIT_BYTES[dtype] + CHUNK_SOFTCAP_BYTES * capped) * chunk_rows(tokens, width) * width
+    return chunk + (
+        0 if dtype == "float32" else 2 * width * config.n_embd
+    )  # and a part of the matrix's gradient
+
+
 def memory_estimate(
     config: ModelConfig,
     vocab_size: int,
@@ -93,6 +112,7 @@ def memory_estimate(
     shards: int = 1,
     exact_sums: bool = False,
     checkpoint_activations: bool = False,
+    compiled: bool = False,
 ) -> Memory:
     """The peak of one rank's process, in bytes; of rank 0, which also writes the checkpoints.
 
@@ -105,6 +125,7 @@ def memory_estimate(
         shards: ranks that share one copy of weights, gradients and moments (FSDP2).
         exact_sums: gradients of micro-batches are added up as a tree, which keeps a list for each of its levels.
         checkpoint_activations: only the stream is kept between layers, and one layer at a time is computed again.
+        compiled: torch.compile traces the loss, whose logits then are all there.
     """
     n, tokens = count_parameters(config, vocab_size), micro_rows * config.block_size
     layer = saved_bytes_per_token(config, dtype, device_type)
@@ -114,8 +135,7 @@ def memory_estimate(
         activations = tokens * config.n_layer * layer
     if dtype != "float32":
         activations += 2 * (n.multiplied + n.padding)  # autocast's copies of the weights
-    capped = config.arch == "modern" and config.modern.softcap is not None
-    logits = (LOGIT_BYTES + SOFTCAP_BYTES * capped) * tokens * pad_vocab(vocab_size)
+    logits = logit_bytes(config, vocab_size, tokens, dtype, compiled=compiled)
     head = 4 * pad_vocab(vocab_size) * config.n_embd  # the first gradient, made while all else is still there
     if device_type == "cpu":
         factors = CPU_ONE_PASS if n_micro == 1 else CPU_SEVERAL_PASSES[dtype]

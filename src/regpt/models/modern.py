@@ -20,7 +20,7 @@ from regpt.errors import ConfigError
 from regpt.models import KVLayers, pad_vocab
 from regpt.models.attention import attend
 from regpt.models.elementwise import relu_squared, rms_norm
-from regpt.models.loss import cross_entropy
+from regpt.models.loss import cross_entropy, in_chunks, linear_cross_entropy
 from regpt.models.shape import VALUE_GATE_CHANNELS, check_model, has_values, rotated_dimensions, window_of
 
 MLP_RATIO = 4
@@ -246,9 +246,14 @@ class Modern(nn.Module):
             x = x + self.wpe(torch.arange(start, start + T, device=ids.device))
         return cast(Tensor, self.drop(normalized(x, m.norm) if m.embed_norm else x))
 
+    @property
+    def head_matrix(self) -> Tensor:
+        """(V, C), of the head: the embedding's own where they are tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> logits (B, T, V), float32 where there is a soft-cap; -inf at padding ids."""
-        matrix = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        matrix = self.head_matrix
         cap, bias = self.config.modern.softcap, cast(Tensor, self.pad_bias)
         if cap is None:
             return F.linear(hidden, matrix, bias.to(hidden.dtype))
@@ -257,5 +262,15 @@ class Modern(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Logits (B, T, V), or, given targets (B, T), their `cross_entropy`."""
-        logits = self.head(self.hidden(ids))
+        hidden = self.hidden(ids)
+        if targets is not None and in_chunks(self.padded_vocab_size):
+            return linear_cross_entropy(
+                hidden,
+                self.head_matrix,
+                targets,
+                vocab_size=self.vocab_size,
+                softcap=self.config.modern.softcap,
+                reduction=reduction,
+            )
+        logits = self.head(hidden)
         return logits if targets is None else cross_entropy(logits, targets, reduction)

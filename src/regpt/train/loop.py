@@ -43,6 +43,7 @@ from regpt.train.budget import (
     save_guess_s,
 )
 from regpt.train.checkpoint import SaveFailed
+from regpt.train.compile import keep_compiled
 from regpt.train.dist import Ranks
 from regpt.train.machine import Machine, autocast, peak_memory_bytes
 from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
@@ -51,10 +52,10 @@ from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
 from regpt.train.track import Tracker
 
-# Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory),
+# Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory).
+# Logits need no bound of their own: where there are many, `models/loss.py` holds a chunk of them.
 EVAL_TOKENS = {"cpu": 2_048}
 EVAL_TOKENS_ELSEWHERE = 16_384
-EVAL_LOGITS = 1 << 22  # and at most so many logits, so that evaluating needs no more memory than training
 SPIKE_WINDOW = 100  # losses that a spike is measured against
 MAX_BAD = 10  # bad steps, each within so many of the one before, after which no policy goes on
 SURPRISE_NATS = 0.5  # a first loss further than this from ln(V) is worth a word
@@ -147,9 +148,7 @@ class Trainer:
         )
         self.loader = loader
         self.val_split = val_split
-        tokens = min(
-            EVAL_TOKENS.get(machine.kind, EVAL_TOKENS_ELSEWHERE), EVAL_LOGITS // plan.padded_vocab_size
-        )
+        tokens = EVAL_TOKENS.get(machine.kind, EVAL_TOKENS_ELSEWHERE)
         self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
         self.gradients = Gradients(model, plan, ranks)
         self.compute_loss: Callable[[Tensor, Tensor], Tensor] = self.gradients.module
@@ -724,6 +723,7 @@ class Trainer:
             )
             self.compute_loss = model
 
+        keep_compiled()
         try:
             compiled = torch.compile(model, dynamic=False)
         except RuntimeError as e:  # this Python or platform has none

@@ -37,6 +37,8 @@ class Plan:
     device: str
     dtype: str
     compile: bool
+    compile_why: str = ""
+    """In a word, where train.compile=auto decided by time (`train/compile.py`)."""
     world: int
     strategy: str
     reduction: str
@@ -118,7 +120,7 @@ def make_plan(
     return Plan(
         device=machine.device,
         dtype=dtype,
-        compile=config.train.compile == "on" or (config.train.compile == "auto" and machine.kind == "cuda"),
+        compile=_compiled(config, machine),
         world=world,
         strategy=config.train.strategy if world > 1 else "one rank",
         reduction=config.train.reduction,
@@ -140,6 +142,11 @@ def make_plan(
     )
 
 
+def _compiled(config: Config, machine: Machine) -> bool:
+    """As asked for; auto is CUDA here, and on a CPU decided once the time is known (`train/compile.py`)."""
+    return config.train.compile == "on" or (config.train.compile == "auto" and machine.kind == "cuda")
+
+
 def _memory(
     config: Config, machine: Machine, vocab_size: int, dtype: str, world: int, micro_rows: int
 ) -> Memory:
@@ -156,6 +163,7 @@ def _memory(
         saves_in_background=save.in_background and (save.every or config.eval.every or t.steps) < t.steps,
         shards=(t.shard_group or world) if t.strategy == "fsdp" and world > 1 else 1,
         exact_sums=t.reduction == "exact",
+        compiled=_compiled(config, machine),
         checkpoint_activations=t.checkpoint_activations,
     )
 

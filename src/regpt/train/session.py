@@ -32,6 +32,7 @@ from regpt.paths import user_path
 from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
+from regpt.train.compile import as_recorded, cpp_compiler, with_compile
 from regpt.train.dist import Ranks, joined
 from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
@@ -141,6 +142,7 @@ def _train(
         run = stack.enter_context(opened)
         with shortage_said(plan, machine):
             plan = _same_steps(with_time(plan, config, machine), ranks)
+            plan = _same_compile(plan, config, machine, run, ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
             try:
@@ -162,6 +164,20 @@ def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ran
 def _same_steps(plan: Plan, ranks: Ranks) -> Plan:
     """The plan with rank 0's steps: for a time budget, each rank has measured for itself how many fit."""
     return with_steps(plan, ranks.from_main(plan.steps))
+
+
+def _same_compile(plan: Plan, config: Config, machine: Machine, run: RunDirectory, ranks: Ranks) -> Plan:
+    """The plan with rank 0's decision whether to compile: that of the run's beginning where it goes on."""
+
+    def decide() -> tuple[bool, str]:
+        compiler = cpp_compiler()
+        decided = with_compile(plan, config, machine, compiler=compiler)
+        before = run.read().get("plan") if ranks.main and run.begun else None
+        decided = as_recorded(decided, before, config, machine, compiler=compiler)
+        return decided.compile, decided.compile_why
+
+    compiled, why = ranks.from_main(ranks.together(decide))
+    return dataclasses.replace(plan, compile=compiled, compile_why=why)
 
 
 def _same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -336,7 +352,9 @@ def _say_what_breaks_bits(before: dict[str, Any], plan: Plan, machine: Machine, 
         as_dict(plan) | dataclasses.asdict(machine),
     )
     changed = [
-        k for k in ("dtype", "micro_rows", "threads", "name", "device", "reduction") if then.get(k) != now[k]
+        k
+        for k in ("dtype", "compile", "micro_rows", "threads", "name", "device", "reduction")
+        if then.get(k) != now[k]
     ]
     worlds = then.get("world", 1), now["world"]
     if worlds[0] != worlds[1] and plan.reduction != "exact":
