@@ -34,8 +34,8 @@ VOCAB = 1024  # of the byte-level BPE trained on the text
 BLOCK = 128
 BATCH_TOKENS = 2048
 SIZES = ((2, 64), (2, 128), (3, 192), (4, 256))  # layers, channels
-TOKENS = (2**19, 2**20, 2**21, 2**22)
-MOST_FLOPS = 4e13  # 6 N D of one run
+TOKENS = (2**18, 2**19, 2**20, 2**21)
+MOST_FLOPS = 2e13  # 6 N D of one run
 HUBER = 1e-3  # of the logarithms, as Hoffmann et al.
 ARCHS = ("gpt2", "modern")
 # At 128 channels; Adam's go with 1 / sqrt(channels), as `train/sizing.sized` has them.

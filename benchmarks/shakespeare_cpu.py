@@ -1,6 +1,7 @@
 """Whole-process time and whole-split loss of our presets beside nanoGPT's own code, in turn, in one run.
 
-    python benchmarks/shakespeare_cpu.py --nanogpt CLONE --text tinyshakespeare.txt [--runs 3] [--presets NAME,NAME]
+    python benchmarks/shakespeare_cpu.py --nanogpt CLONE --text tinyshakespeare.txt [--runs 3]
+        [--presets "shakespeare-char-cpu, modern-char --train.steps 90"]
 
 CLONE is a checkout of nanoGPT (github.com/karpathy/nanoGPT). Each run of ours has another seed. Each counted run is: prepare
 the text, train (nanoGPT the 2,000 steps of its README's CPU recipe), save; start-up included. All models are then measured on
@@ -81,7 +82,7 @@ def nanogpt(clone: Path, text: Path, folder: Path) -> tuple[float, float, float]
     return prepared + trained, mib, float(loss.stdout.split()[-1])
 
 
-def ours(text: Path, folder: Path, preset: str, extra: list[str]) -> tuple[float, float, float]:
+def ours(text: Path, folder: Path, preset: list[str], extra: list[str]) -> tuple[float, float, float]:
     """Seconds, peak MiB and whole-split loss of regpt."""
     folder.mkdir()
     command = [
@@ -89,7 +90,7 @@ def ours(text: Path, folder: Path, preset: str, extra: list[str]) -> tuple[float
         "-m",
         "regpt",
         "train",
-        preset,
+        *preset,
         "--data.source",
         str(text.resolve()),
     ]
@@ -106,16 +107,18 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--presets", default="shakespeare-char-cpu")
+    parser.add_argument(
+        "--presets", default="shakespeare-char-cpu", help="each with its settings, with commas between"
+    )
     args, extra = parser.parse_known_args()
-    presets = args.presets.split(",")
+    presets = [name.strip() for name in args.presets.split(",")]
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("nanoGPT", *presets)}
     with tempfile.TemporaryDirectory() as scratch:
         for i in range(args.runs):
             rows["nanoGPT"].append(nanogpt(args.nanogpt, args.text, Path(scratch) / f"nanogpt-{i}"))
             for preset in presets:
                 flags = ["--seed", str(SEEDS[i % len(SEEDS)]), *extra]
-                rows[preset].append(ours(args.text, Path(scratch) / f"{preset}-{i}", preset, flags))
+                rows[preset].append(ours(args.text, Path(scratch) / f"{preset}-{i}", preset.split(), flags))
             for name in rows:
                 s, mib, loss = rows[name][-1]
                 print(f"run {i + 1}  {name:<20} {s:7.1f} s  {mib:6.0f} MiB  loss {loss:.4f}", flush=True)
