@@ -24,7 +24,9 @@ ENOUGH_STEPS = 3  # measured before the first estimate gives way to them
 TOLERANCE = 0.02  # of the steps left: by less than this the total does not follow the speed
 WARMUP_SHARE = 0.25  # of the total at most: a budget may hold fewer steps than `warmup_steps` had in mind
 FINEST_S = 1e-9  # a step is not faster, whatever the clock says
-FORWARD_SHARE = 1 / 3  # of a training step, a token: an evaluation's cost until one was measured
+FORWARD_SHARE = (
+    1 / 3
+)  # of a training step, a token: an evaluation's cost until one was measured, or a pass of it
 TRIED_TOKENS = 8  # generated before the first step: a sample's cost until one was measured
 # A checkpoint's cost until one was written: a slow disk's rate, for a weight and two moments of each parameter at most.
 WRITE_BYTES_PER_S = 2e8

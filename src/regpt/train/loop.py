@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regpt.config import Config, OptimConfig
 from regpt.data.corpus import Listener
-from regpt.data.loader import Loader
+from regpt.data.loader import Loader, eval_batches
 from regpt.data.shards import TokenSplit
 from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
@@ -393,7 +393,23 @@ class Trainer:
             for _ in generate(cast(LanguageModel, self.state.model), self.tokenizer, prompt, few):
                 read_s.append(self.clock())
             pace.guess({"sample": sample_guess_s(read_s, tokens)})
+        if self.val_split is not None and (pass_s := self._eval_pass_s(self.val_split)):
+            tokens_a_pass = self.ranks.world * self.eval_rows * self.config.model.block_size
+            pace.guess({"eval": pass_s * math.ceil(self.val_split.n_tokens / tokens_a_pass)})
         self.tick()
+
+    @torch.no_grad()
+    def _eval_pass_s(self, split: TokenSplit) -> float:
+        """Seconds of the first of an evaluation's passes, the second time that it is made; all ranks make it."""
+        model = cast(LanguageModel, self.state.model)
+        x, y = next(eval_batches(split, self.config.model.block_size, self.eval_rows))
+        model.eval()
+        for _ in range(2):
+            began = self.clock()
+            with self.autocast():
+                float(model(self.move(x), self.move(y), reduction="sum"))
+        model.train()
+        return self.clock() - began
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
