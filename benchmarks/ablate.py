@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_fraction=1": {M + "rope_fraction": 1.0},
     "rope_fraction=half": {M + "rope_fraction": 0.5},
     "rope_base=1000": {M + "rope_base": 1000.0},
+    "rope_base=10000": {M + "rope_base": 10_000.0},
     "attention_scale=plain": {M + "attention_scale": lambda c: head_size(c) ** -0.5},
     "attention_scale=double": {M + "attention_scale": lambda c: 2 * 1.44 * head_size(c) ** -0.5},
     "norm=layer": {M + "norm": "layer"},
@@ -95,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         OPT + "muon_momentum_steps": lambda c: c.optim.muon_momentum_steps or c.train.steps // 5
     },
     "muon_momentum=0.9": {OPT + "muon_momentum": 0.9},
+    "muon_momentum=0.95": {OPT + "muon_momentum": 0.95},
     # Decay of 0 cannot be cautious, so the two come together.
     "decay=off": {OPT + "weight_decay": 0.0, OPT + "cautious_decay": False},
     "decay=plain": {OPT + "weight_decay": 0.05, OPT + "decay": "linear", OPT + "cautious_decay": False},
@@ -104,6 +106,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay_fraction=0.4": {OPT + "schedule": "linear", OPT + "decay_fraction": 0.4},
     "decay_fraction=1": {OPT + "schedule": "linear", OPT + "decay_fraction": 1.0},
     "min_lr=tenth": {OPT + "min_lr": lambda c: c.optim.lr / 10},
+    "min_lr=0": {OPT + "min_lr": 0.0},
     "warmup=on": {OPT + "warmup_steps": lambda c: c.optim.warmup_steps or c.train.steps // 20},
     "warmup=off": {OPT + "warmup_steps": 0},
     "clip=1": {OPT + "clip_norm": 1.0},

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --text SOURCE [--workers 2] [--out runs/scaling.jsonl] [--draw docs/scaling.svg]
 
-SOURCE is what `regpt prepare` takes; a byte-level BPE is trained on it. Every run is `regpt train` in a process of one
-thread, with a rate schedule of its own length; the text should be long enough that none sees it twice.
+SOURCE is what `regpt prepare` takes, of which a byte-level BPE is trained, or a folder that it wrote. Every run is `regpt
+train` in a process of one thread, with a rate schedule of its own length; the text should be so long that none sees it twice.
 N is what a token meets in matrix products, D the tokens trained on, L nats a token over the whole validation split. The fit is
 Hoffmann et al.'s third (2022, equation 10): the least Huber loss between the logarithms, from many beginnings. What is there
 is not run again; --fit only fits. The printed laws are those of `train/sizing.py`.
@@ -35,7 +35,7 @@ BLOCK = 128
 BATCH_TOKENS = 2048
 SIZES = ((2, 64), (2, 128), (3, 192), (4, 256))  # layers, channels
 TOKENS = (2**18, 2**19, 2**20, 2**21)
-MOST_FLOPS = 2e13  # 6 N D of one run
+MOST_FLOPS = 1.1e13  # 6 N D of one run
 HUBER = 1e-3  # of the logarithms, as Hoffmann et al.
 ARCHS = ("gpt2", "modern")
 # At 128 channels; Adam's go with 1 / sqrt(channels), as `train/sizing.sized` has them.
@@ -83,6 +83,8 @@ def series(archs: list[str]) -> list[tuple[str, int, int, int]]:
 
 def prepared(text: str, shards: Path) -> Path:
     """The text as shards, made unless they are there."""
+    if (Path(text) / "manifest.json").exists():
+        return Path(text).resolve()
     command = [sys.executable, "-m", "regpt", "prepare", text, "--out", str(shards), "--tokenizer", "bpe"]
     command += ["--vocab-size", str(VOCAB), "--val-fraction", "0.01"]
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -134,7 +136,7 @@ def fit(points: list[dict[str, Any]]) -> dict[str, float]:
             return error
 
         optimizer.step(closure)
-        error = float(closure())
+        error = float(closure().detach())
         if math.isfinite(error) and (best is None or error < best[0]):
             best = error, x.detach()
     assert best is not None

@@ -13,8 +13,10 @@ from types import ModuleType
 
 import pytest
 
+from regpt.cli.parse import parse
+from regpt.cli.plan import Args as PlanArgs
 from regpt.config import ModelConfig, ModernConfig, load_preset
-from regpt.models.count import flops_per_token
+from regpt.models.count import count_parameters, flops_per_token
 from regpt.optim.groups import check_optimizer
 from regpt.optim.schedule import check_schedule
 from regpt.train.machine import Machine
@@ -64,7 +66,7 @@ def test_every_switch_of_the_modern_model_is_turned_over(ablate: ModuleType) -> 
 
 
 def test_what_is_counted_in_steps_is_fitted_to_them(ablate: ModuleType) -> None:
-    base = load_preset("modern-char").config
+    base = ablate.changed(load_preset("modern-char").config, {"optim.muon_momentum_steps": 50})
     assert ablate.fitted(base, base.train.steps) == base
     half = ablate.fitted(base, base.train.steps // 2).optim
     assert (half.muon_momentum_steps, half.warmup_steps, half.decay_steps) == (25, 0, None)
@@ -150,3 +152,37 @@ def test_peers_share_is_by_the_flops_that_we_count(train_peers: ModuleType) -> N
         )
         norms = 6 * (2 * shape.n_layer + 1) * shape.n_embd
         assert shape.flops_per_token == flops_per_token(model, shape.vocab_size) - norms
+
+
+def test_a_law_is_found_again_in_what_it_says() -> None:
+    """Losses by a known law, half a percent off at most: its exponents come back to a tenth, what it says to a percent."""
+    scaling = script("scaling")
+    e, a, b, alpha, beta = 1.8, 40.0, 400.0, 0.3, 0.4
+    points = [
+        {"n": n, "d": d, "loss": (e + a / n**alpha + b / d**beta) * (1 + 0.005 * ((i * 7) % 5 - 2) / 2)}
+        for i, (n, d) in enumerate((n, d) for n in (1e5, 4e5, 1.6e6, 6e6) for d in (2e5, 8e5, 3e6, 1e7))
+    ]
+    law = scaling.fit(points)
+    assert law["alpha"] == pytest.approx(alpha, abs=0.1) and law["beta"] == pytest.approx(beta, abs=0.1)
+    far = law["e"] + law["a"] / 2e7 ** law["alpha"] + law["b"] / 4e7 ** law["beta"]
+    assert far == pytest.approx(e + a / 2e7**alpha + b / 4e7**beta, rel=0.03)
+    assert law["off"] < 0.005
+    for told, reached in scaling.held_out(points):
+        assert told == pytest.approx(reached, rel=0.03)
+
+
+def test_every_run_of_the_scaling_series_can_be_planned() -> None:
+    scaling = script("scaling")
+    runs = scaling.series(["gpt2", "modern"])
+    assert len(runs) >= 20
+    for run in runs:
+        words = [w for k, v in scaling.settings(*run).items() for w in (f"--{k}", str(v))]
+        config = parse(
+            PlanArgs, words, prog="test", default=PlanArgs(config=load_preset(scaling.preset(run[0])).config)
+        ).config
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, batch_tokens=scaling.BATCH_TOKENS)
+        )
+        plan = make_plan(config, LAPTOP, vocab_size=scaling.VOCAB)
+        assert plan.total_tokens == run[3]
+        assert count_parameters(config.model, scaling.VOCAB).multiplied == scaling.size(*run[:3])
