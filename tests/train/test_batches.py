@@ -203,7 +203,7 @@ def test_ddp_follows_one_process(config: Config) -> None:
         (
             {"batch_ramp_steps": 9},
             1,
-            "train.batch_ramp_steps=9 is longer than train.steps=8: no batch would be whole.\n"
+            "train.batch_ramp_steps=9 does not end before train.steps=8: no batch would be whole.\n"
             "  try: --train.batch-ramp-steps 1",
         ),
         (

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rank_child import said, train
@@ -11,6 +14,7 @@ from test_ranks import curve, tensors, with_train
 
 from regpt.config import Config, ModernConfig, OptimConfig, SampleConfig, SaveConfig
 from regpt.errors import CheckpointError
+from regpt.models.loss import CHUNKED_FROM
 from regpt.train import session
 from regpt.train.load import load_model
 
@@ -78,6 +82,25 @@ def test_two_ranks_follow_one_and_continue_to_the_same_bits(config: Config, stra
     assert train(2, config, "run", (1, 5, "SIGTERM")) == [143, 143], said("run", 0) + said("run", 1)
     assert train(2, config, "run") == [0, 0], said("run", 0)
     assert (curve("run"), tensors("run")) == (curve("many"), tensors("many"))
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+def test_the_loss_by_chunks_works_in_shards(config: Config, arch: Any) -> None:
+    """A vocabulary that is large enough for it: the head's matrix is gathered for the loss too."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(3000)]
+    Path("words.txt").write_text(" ".join(rng.choices(words, k=12_000)))
+    config = dataclasses.replace(
+        with_train(config, steps=3),
+        data=dataclasses.replace(config.data, source="words.txt"),
+        tokenizer=dataclasses.replace(config.tokenizer, name="bpe", vocab_size=CHUNKED_FROM),
+        model=dataclasses.replace(config.model, arch=arch, modern=ModernConfig()),
+        optim=OptimConfig(name="muon" if arch == "modern" else "adamw", warmup_steps=0),
+    )
+    session.train(config, "one")
+    assert train(2, with_train(config, strategy="fsdp"), "many") == [0, 0], said("many", 0)
+    one, many = ([float.fromhex(x) for _, x in curve(out)] for out in ("one", "many"))
+    assert many == pytest.approx(one, rel=2e-4)
 
 
 def test_a_run_does_not_change_its_optimizer(config: Config) -> None:

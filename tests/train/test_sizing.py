@@ -151,5 +151,9 @@ def test_the_command_line_prints_a_run_that_can_be_planned(capsys: pytest.Captur
         plan = json.loads(capsys.readouterr().out)
         assert plan["parameters"] == proposal["parameters"]
         assert plan["total_tokens"] == proposal["tokens"] and plan["steps"] == proposal["steps"]
+    words = ["plan", "shakespeare-char-cpu", "--flops", "1e14", "--data.source", "my text.txt"]
+    assert main([*words, "--model.block-size", "32", "--json"]) == 0
+    command = json.loads(capsys.readouterr().out)["proposals"][0]["command"]
+    assert "--data.source 'my text.txt'" in command and "--model.block-size 32" in command
     assert main(["plan", "shakespeare-char-cpu", "--flops", "1e14"]) == 0
     assert "run       regpt train shakespeare-char-cpu --model.n-layer" in capsys.readouterr().out

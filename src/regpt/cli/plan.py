@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
-from regpt.config import Config, load_preset
+from regpt.config import Config, differences, load_preset
 
 if TYPE_CHECKING:
     from regpt.data.shards import Shards
@@ -86,10 +86,19 @@ def _propose(
     """Print what each law proposes."""
     from regpt.train.sizing import OURS, PUBLISHED, propose
 
+    speeds: dict[int, float] = {}
     own = OURS.get(args.config.model.arch)
     laws = [law for law in (own, PUBLISHED) if law is not None]
     proposals = [
-        propose(args.config, machine, law, spend, vocab_size=vocab_size, train_tokens=train_tokens)
+        propose(
+            args.config,
+            machine,
+            law,
+            spend,
+            vocab_size=vocab_size,
+            train_tokens=train_tokens,
+            speeds=speeds,
+        )
         for law in laws
     ]
     if spend.flops is not None:
@@ -99,9 +108,12 @@ def _propose(
         lines = [f"budget    {duration(spend.time_s or 0.0)} of {machine.device}: {machine.name}{money}"]
     if not sure:
         lines.append(f"guessed   a vocabulary of {vocab_size}, until the text is prepared")
-    commands = [_command(preset, p.settings) for p in proposals]
+    asked = {k: new for k, (_, new) in differences(load_preset(preset).config, args.config).items()}
+    commands = [_command(preset, asked | p.settings) for p in proposals]
     for law, p, command in zip(laws, proposals, commands, strict=True):
         lines += ["", f"by        {law.name} ({law.source})", *_lines(args.config.model.arch, p)]
+        if args.price is not None and p.time_s is not None:
+            lines.append(f"price     {args.price * p.time_s / 3600:,.2f} at {args.price:g} an hour")
         lines.append(f"run       {command}")
     values = {
         "proposals": [

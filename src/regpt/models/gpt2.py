@@ -147,9 +147,13 @@ class GPT2(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Logits (B, T, V), or, given targets (B, T), their `cross_entropy`."""
         hidden = self.hidden(ids)
-        if targets is not None and in_chunks(self.padded_vocab_size):
+        return self.head(hidden) if targets is None else self.loss(hidden, targets, reduction)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The `cross_entropy` of hidden (B, T, C) and targets (B, T)."""
+        if in_chunks(self.padded_vocab_size):
+            matrix = self.wte.weight
             return linear_cross_entropy(
-                hidden, self.wte.weight, targets, vocab_size=self.vocab_size, reduction=reduction
+                hidden, matrix, targets, vocab_size=self.vocab_size, reduction=reduction
             )
-        logits = self.head(hidden)
-        return logits if targets is None else cross_entropy(logits, targets, reduction)
+        return cross_entropy(self.head(hidden), targets, reduction)

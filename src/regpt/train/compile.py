@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ MARGIN = 2.0  # how many times its cost compiling must gain
 def cpp_compiler() -> str | None:
     """The C++ compiler that Inductor calls on a CPU; None where it is not installed."""
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which(os.environ.get("CXX") or default)
+    words = shlex.split(os.environ.get("CXX", "")) or [default]
+    return shutil.which(words[0])
 
 
 def with_compile(plan: Plan, config: Config, machine: Machine, *, compiler: str | None) -> Plan:
@@ -73,7 +75,7 @@ def as_recorded(
         before: the plan in the run's run.json; None for a new run.
     """
     auto = machine.kind == "cpu" and config.train.compile == "auto"
-    if not auto or before is None or not isinstance(before.get("compile"), bool):
+    if not auto or plan.world > 1 or before is None or not isinstance(before.get("compile"), bool):
         return plan
     if before["compile"] and compiler is None:
         return dataclasses.replace(plan, compile=False, compile_why="there is no C++ compiler any more")

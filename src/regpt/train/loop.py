@@ -393,7 +393,11 @@ class Trainer:
             for _ in generate(cast(LanguageModel, self.state.model), self.tokenizer, prompt, few):
                 read_s.append(self.clock())
             pace.guess({"sample": sample_guess_s(read_s, tokens)})
-        if self.val_split is not None and (pass_s := self._eval_pass_s(self.val_split)):
+        if (
+            self.val_split is not None
+            and "eval" not in pace.pause_s
+            and (pass_s := self._eval_pass_s(self.val_split))
+        ):
             tokens_a_pass = self.ranks.world * self.eval_rows * self.config.model.block_size
             pace.guess({"eval": pass_s * math.ceil(self.val_split.n_tokens / tokens_a_pass)})
         self.tick()

@@ -26,7 +26,14 @@ DTYPES = {
 LIST = "TensorList"
 LIST_BYTES = 4  # of a number in a list of tensors, whose dtype is not recorded: weights, gradients and moments are float32
 # The inputs that are multiplied.
-PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
+PRODUCTS = {
+    "mm": (0, 1),
+    "addmm": (1, 2),
+    "bmm": (0, 1),
+    "baddbmm": (1, 2),
+    "addmm_": (1, 2),
+    "baddbmm_": (1, 2),
+}
 ATTENTION = "_scaled_dot_product_"  # _flash_attention, _efficient_attention, …, with _backward or without
 # What looks rows up in a table reads only those: (the table, the ids).
 LOOKUPS = {"embedding": (0, 1), "index_select": (0, 2), "nll_loss_forward": (0, 1)}

@@ -244,9 +244,9 @@ def _check_ramp(config: Config) -> None:
             got=t.batch_ramp_steps,
             hint="--train.batch-ramp-steps 0 turns it off",
         )
-    if t.minutes is None and t.batch_ramp_steps > t.steps:
+    if t.minutes is None and t.batch_ramp_steps >= t.steps:
         raise ConfigError(
-            f"train.batch_ramp_steps={t.batch_ramp_steps} is longer than train.steps={t.steps}: no batch would be whole.",
+            f"train.batch_ramp_steps={t.batch_ramp_steps} does not end before train.steps={t.steps}: no batch would be whole.",
             hint=f"--train.batch-ramp-steps {t.steps // 5}",
         )
 

@@ -64,7 +64,20 @@ PUBLISHED = Law(
     fitted=(44e6, 16e9),
     source="arXiv:2404.10102: web text, 32,000 tokens, 44 M to 16 B parameters",
 )
-OURS: dict[str, Law] = {}
+# By architecture, from benchmarks/scaling.py; that of `gpt2` is none so far (docs/scaling.md).
+OURS = {
+    "modern": Law(
+        name="regpt's own, of modern",
+        e=2.416,
+        a=36.40,
+        b=76.75,
+        alpha=0.3587,
+        beta=0.3245,
+        counts_embeddings=False,
+        fitted=(1.6e5, 3.4e6),
+        source="docs/scaling.md: books, a BPE of 1,024, 0.16 M to 3.4 M parameters in products, 0.26 M to 2.1 M tokens",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +123,14 @@ def budget(
         ConfigError: more than one of them, or a number that is none.
     """
     given = {"--hours": hours, "--flops": flops, "--money": money}
+    for name, value in (*given.items(), ("--price", price)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be above 0 and finite.", got=value)
     named = [name for name, value in given.items() if value is not None]
     if not named:
         return None
     if len(named) > 1:
         raise ConfigError(f"{' and '.join(named)} are two budgets.", hint=f"only {named[0]}")
-    for name, value in (*given.items(), ("--price", price)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be above 0 and finite.", got=value)
     if money is None:
         return Budget(time_s=3600 * hours if hours is not None else None, flops=flops)
     if price is None:
@@ -133,16 +146,20 @@ def propose(
     *,
     vocab_size: int,
     train_tokens: int | None = None,
+    speeds: dict[int, float] | None = None,
 ) -> Proposal:
     """The shape of the ladder that the law expects most of.
 
     On a machine without a data sheet the speed is measured at the shape that is proposed, and the choice made again.
 
+    Args:
+        speeds: FLOP/s of training by the shape's place in LADDER, which another call has measured; filled in.
+
     Raises:
-        ConfigError: not even the smallest shape fits the budget.
+        ConfigError: not even the smallest shape fits the budget, or the memory.
     """
     shapes = [sized(config, layers, channels) for layers, channels in LADDER]
-    speeds: dict[int, float] = {}  # FLOP/s that training was measured at, by shape
+    speeds = {} if speeds is None else speeds
 
     def speed(i: int) -> float | None:
         if not speeds:
@@ -156,16 +173,29 @@ def propose(
         assert spend.time_s is not None
         return int(spend.time_s * (speed(i) or 0.0) / cost)
 
-    fitting = [i for i, shape in enumerate(shapes) if _fits(shape, machine, vocab_size)]
-    if not fitting:
-        raise ConfigError("no model of the ladder fits the memory of this machine.", hint="a shorter context")
-    best = (
-        fitting[len(fitting) // 2]
-        if spend.time_s is not None
-        else _best(law, shapes, fitting, tokens, vocab_size)
-    )
-    for _ in range(REPEATED):
-        measured = _speed(shapes[best], machine, vocab_size)
+    def with_batch(i: int) -> Config:
+        """The shape with the batch that it would be proposed with; before any speed is known, with the batch asked for."""
+        n, shape = tokens(i), shapes[i]
+        cost, T = flops_per_token(shape.model, vocab_size), shape.model.block_size
+        batch = best_batch(cost * n, n, T) if n else config.train.batch_tokens
+        return dataclasses.replace(shape, train=dataclasses.replace(shape.train, batch_tokens=batch))
+
+    fitting = list(range(len(shapes)))
+    best = len(shapes) // 2
+    if spend.flops is not None or speeds:
+        best = _best(law, shapes, fitting, tokens, vocab_size)
+    for _ in range(REPEATED + len(shapes)):
+        if not _fits(with_batch(best), machine, vocab_size):
+            fitting = [i for i in fitting if i < best]
+            if not fitting:
+                raise ConfigError(
+                    "no model of the ladder fits the memory of this machine.", hint="a shorter context"
+                )
+            best = fitting[-1] if not speeds else _best(law, shapes, fitting, tokens, vocab_size)
+            continue
+        if len(speeds) >= REPEATED and best in speeds:
+            break
+        measured = _speed(with_batch(best), machine, vocab_size)
         if measured is not None:
             speeds[best] = measured
         elif spend.time_s is not None:
