@@ -38,7 +38,7 @@ TOKENS = (2**18, 2**19, 2**20, 2**21)
 MOST_FLOPS = 1.1e13  # 6 N D of one run
 HUBER = 1e-3  # of the logarithms, as Hoffmann et al.
 ARCHS = ("gpt2", "modern")
-# At 128 channels; Adam's go with 1 / sqrt(channels), as `train/sizing.sized` has them.
+# `optim.lr` at 128 channels; it goes with 1 / sqrt(channels). What else the preset's recipe has stays as it is.
 RATES = {"gpt2": 3e-3, "modern": 1e-2}
 
 
@@ -50,6 +50,7 @@ def settings(arch: str, layers: int, channels: int, tokens: int) -> dict[str, An
     flags: dict[str, Any] = {f"model.{name}": value for name, value in shape.items()}
     flags |= {"model.block-size": BLOCK, "optim.lr": rate, "train.steps": steps}
     if arch == "modern":
+        # A table of pairs would have a million rows.
         flags |= {"model.modern.bigram": "False", "optim.muon-momentum-steps": min(steps // 5, 300)}
     else:
         flags |= {"optim.min-lr": 0.0, "optim.warmup-steps": max(steps // 20, 10), "optim.schedule": "linear"}
@@ -198,7 +199,9 @@ def main() -> None:
     options = parser.parse_args()
     archs = options.arch.split(",")
     shards = prepared(options.text, options.out.with_suffix(".shards").resolve())
-    digest = hashlib.sha256((shards / "manifest.json").read_bytes()).hexdigest()[:12]
+    recipes = [load_preset(preset(arch)).config for arch in archs]
+    of = (shards / "manifest.json").read_bytes() + repr((recipes, RATES)).encode()
+    digest = hashlib.sha256(of).hexdigest()[:12]  # runs of another text or recipe do not count
     entries = (
         [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     )

@@ -3,10 +3,9 @@
 On a CPU the figure is the resident set of the whole process, with malloc told to keep freed memory (train/allocator.py):
 the heap then holds more than is alive at any instant, and the factors here were fitted to runs of 4 to 24 layers, 128 to
 1,024 channels, vocabularies of 65 to 50,257, float32 and bfloat16, which they meet within 15 % (tests/models/test_memory.py).
-The same run repeated may differ by a tenth. Losses by chunks (2,048 ids and more)
-came after these fits: of 4 layers x 256 with 50,257 ids the plan was 0.78 of the peak before a chunk was freed earlier, and
-has not been measured since. On a GPU it is what PyTorch's allocator hands out; that has not been
-measured yet. torch.compile needs less.
+The same run repeated may differ by a tenth. Losses by chunks (2,048 ids and more) came after these fits and meet them: with
+50,257 ids the plan is 0.95 to 0.97 of the peak at 12 x 768, 0.91 and 0.95 at 4 x 256. On a GPU it is what PyTorch's
+allocator hands out; that has not been measured yet. torch.compile needs less.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from regpt.models.attention import by_products
 from regpt.models.count import count_parameters
 from regpt.models.loss import CHUNKED_FROM, chunk_rows
 
-# Python, torch, its kernels, Dynamo, which the first optimizer step imports, the tokenizer, a sample's generation.
+# Python, torch, its kernels, Dynamo (which AdamW imports; Muon does without), the tokenizer, a sample's generation.
 PROCESS_BYTES = 366 << 20
 # Bytes kept for the backward pass, for each token, layer and channel: the stream and both norms' outputs, q k v and the
 # attention's output, the MLP before and after its GELU. Under autocast all but the stream are of two bytes.

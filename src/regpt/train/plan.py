@@ -263,7 +263,8 @@ def _check_ramp_is_exact(config: Config, rank_rows: int, n_micro: int) -> None:
 
 
 def with_steps(plan: Plan, steps: int) -> Plan:
-    """The plan with another number of steps, and what follows from it."""
+    """The plan with another number of steps, and what follows from it; its time by tokens, though under a batch ramp an
+    update takes as long for fewer of them."""
     if steps == plan.steps:
         return plan
     tokens = plan.tokens_before(steps)
