@@ -67,7 +67,7 @@ def _described(path: Path, record: dict[str, Any], config: Config) -> list[str]:
     about = f"{config.train.minutes:g} minutes, about " if config.train.minutes is not None else ""
     try:
         plan = record["plan"]
-        ramp = Batches(plan["batch_rows"], config.train.batch_ramp_steps)
+        ramp = Batches(config.train.batch_tokens // config.model.block_size, config.train.batch_ramp_steps)
         return [
             f"run        {path}: begun {record['sittings'][0]}, {len(record['sittings'])} sitting(s)",
             f"model      {m.arch} {m.n_layer} layers x {m.n_embd}, {m.n_head} heads, context {m.block_size}: "
