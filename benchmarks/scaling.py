@@ -29,6 +29,7 @@ import torch
 
 from regpt.config import ModelConfig, load_preset
 from regpt.models.count import count_parameters
+from regpt.train.sizing import Law
 
 VOCAB = 1024  # of the byte-level BPE trained on the text
 BLOCK = 128
@@ -117,8 +118,8 @@ def train(run: tuple[str, int, int, int], shards: Path, folder: Path) -> dict[st
     return entry | {"d": result["tokens"], "loss": result["val_loss"], "bits": result["val_bits_per_byte"]}
 
 
-def fit(points: list[dict[str, Any]]) -> dict[str, float]:
-    """E, A, B, alpha, beta by L-BFGS on log L, from a grid of beginnings; `off`: the root mean square of what is left."""
+def fit(points: list[dict[str, Any]]) -> tuple[Law, float]:
+    """The law by L-BFGS on log L, from a grid of beginnings, and the root mean square of what it leaves of log L."""
     n, d, loss = (torch.tensor([p[k] for p in points], dtype=torch.float64) for k in ("n", "d", "loss"))
 
     def predicted(x: torch.Tensor) -> torch.Tensor:
@@ -142,24 +143,29 @@ def fit(points: list[dict[str, Any]]) -> dict[str, float]:
             best = error, x.detach()
     assert best is not None
     x = best[1]
-    off = float((predicted(x) - loss.log()).square().mean().sqrt())
-    names = ("e", "a", "b")
-    return {k: float(v.exp()) for k, v in zip(names, x[:3], strict=True)} | {
-        "alpha": float(x[3]),
-        "beta": float(x[4]),
-        "off": off,
-    }
+    e, a, b = x[:3].exp().tolist()
+    law = Law(
+        name="fitted",
+        e=e,
+        a=a,
+        b=b,
+        alpha=float(x[3]),
+        beta=float(x[4]),
+        counts_embeddings=False,
+        fitted=(float(n.min()), float(n.max())),
+        source="",
+    )
+    return law, float((predicted(x) - loss.log()).square().mean().sqrt())
 
 
 def held_out(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """The three runs of most computing: what a law of the others says of them, and what they reached."""
     largest = sorted(points, key=lambda p: p["n"] * p["d"])[-3:]
-    law = fit([p for p in points if p not in largest])
-    say = [law["e"] + law["a"] / p["n"] ** law["alpha"] + law["b"] / p["d"] ** law["beta"] for p in largest]
-    return [(told, p["loss"]) for told, p in zip(say, largest, strict=True)]
+    law, _ = fit([p for p in points if p not in largest])
+    return [(law.loss(p["n"], p["d"]), p["loss"]) for p in largest]
 
 
-def draw(path: Path, entries: list[dict[str, Any]], laws: dict[str, dict[str, float]]) -> None:
+def draw(path: Path, entries: list[dict[str, Any]], laws: dict[str, Law]) -> None:
     """Loss over tokens, a line of the law for every size."""
     import matplotlib
 
@@ -176,8 +182,7 @@ def draw(path: Path, entries: list[dict[str, Any]], laws: dict[str, dict[str, fl
                 [p["d"] for p in own], [p["loss"] for p in own], "o", label=f"N = {n / 1e6:.2f} M"
             )
             ds = [own[0]["d"] * 1.1**i for i in range(40) if own[0]["d"] * 1.1**i <= 1.05 * own[-1]["d"]]
-            ax.plot(ds, [law["e"] + law["a"] / n ** law["alpha"] + law["b"] / d ** law["beta"] for d in ds],
-                    color=line.get_color())  # fmt: skip
+            ax.plot(ds, [law.loss(n, d) for d in ds], color=line.get_color())
         ax.set(xscale="log", title=arch, xlabel="tokens trained on")
         ax.legend(frameon=False)
     axes[0][0].set_ylabel("held-out loss, nats a token")
@@ -226,8 +231,10 @@ def main() -> None:
         if len(points) < 8:
             print(f"{arch}: {len(points)} runs are too few for a law")
             continue
-        law = laws[arch] = fit(points)
-        print(f"{arch}, {len(points)} runs: " + ", ".join(f"{k} = {v:.4g}" for k, v in law.items()))
+        law, off = fit(points)
+        laws[arch] = law
+        numbers = {k: getattr(law, k) for k in ("e", "a", "b", "alpha", "beta")} | {"off": off}
+        print(f"{arch}, {len(points)} runs: " + ", ".join(f"{k} = {v:.4g}" for k, v in numbers.items()))
         told = ", ".join(f"{a:.3f} ({b:.3f})" for a, b in held_out(points))
         print(f"  the three largest by a law of the others, and as they came out: {told}")
         for p in sorted(points, key=lambda p: (p["n"], p["d"])):

@@ -162,11 +162,10 @@ def test_a_law_is_found_again_in_what_it_says() -> None:
         {"n": n, "d": d, "loss": (e + a / n**alpha + b / d**beta) * (1 + 0.005 * ((i * 7) % 5 - 2) / 2)}
         for i, (n, d) in enumerate((n, d) for n in (1e5, 4e5, 1.6e6, 6e6) for d in (2e5, 8e5, 3e6, 1e7))
     ]
-    law = scaling.fit(points)
-    assert law["alpha"] == pytest.approx(alpha, abs=0.1) and law["beta"] == pytest.approx(beta, abs=0.1)
-    far = law["e"] + law["a"] / 2e7 ** law["alpha"] + law["b"] / 4e7 ** law["beta"]
-    assert far == pytest.approx(e + a / 2e7**alpha + b / 4e7**beta, rel=0.03)
-    assert law["off"] < 0.005
+    law, off = scaling.fit(points)
+    assert law.alpha == pytest.approx(alpha, abs=0.1) and law.beta == pytest.approx(beta, abs=0.1)
+    assert law.loss(2e7, 4e7) == pytest.approx(e + a / 2e7**alpha + b / 4e7**beta, rel=0.03)
+    assert off < 0.005
     for told, reached in scaling.held_out(points):
         assert told == pytest.approx(reached, rel=0.03)
 

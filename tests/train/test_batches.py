@@ -248,7 +248,7 @@ def test_a_pace_fits_steps_by_their_tokens(step: int) -> None:
     before = Batches(8, 30).before
     pace = Pace(budget_s=0.5, total_steps=9, warmup_steps=2, recent_token_s=[1e-3] * 3)
     every: dict[str, int | None] = {"eval": None}
-    total = pace.steps_that_fit(step, before(step) * 1e-3, before, every, 0)
+    total = pace.steps_that_fit(step, before(step) * 1e-3, before, every)
     assert total == min(range(200), key=lambda n: abs(before(n) * 1e-3 - 0.5))
 
 

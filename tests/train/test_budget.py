@@ -19,7 +19,7 @@ from rank_child import said
 from rank_child import train as train_ranks
 
 from regpt.config import Config, EvalConfig, OptimConfig, SampleConfig, SaveConfig
-from regpt.data.corpus import corpus
+from regpt.data.shards import TokenSplit
 from regpt.errors import ConfigError, Interrupted
 from regpt.infer.engine import Piece
 from regpt.optim.schedule import learning_rate
@@ -81,6 +81,13 @@ def timed(
     passing("evaluate", lambda _: eval_s)
     passing("sample", lambda _: 0.3)
     passing("save", lambda _: 0.1)
+    guess = Trainer._eval_guess_s
+
+    def as_if_timed(self: Trainer, split: TokenSplit) -> float:
+        guess(self, split)
+        return eval_s
+
+    monkeypatch.setattr(Trainer, "_eval_guess_s", as_if_timed)
     monkeypatch.setattr(Trainer, "clock", clock)
 
     def estimated(plan: Plan, *_: object) -> Plan:
@@ -88,10 +95,6 @@ def timed(
 
     monkeypatch.setattr(session, "with_time", estimated)
     return clock
-
-
-def val_tokens(config: Config) -> int:
-    return corpus(config)[1].split("val").n_tokens
 
 
 def steps(out: str) -> list[dict[str, Any]]:
@@ -155,7 +158,7 @@ def test_a_first_sample_and_checkpoint_at_the_very_end_are_allowed_for(
         monkeypatch,
         lambda *_: 0.25,
         estimate=100,
-        eval_s=budget.FORWARD_SHARE * 0.25 * val_tokens(config) / 64,
+        eval_s=0.7,
     )
     n, make_save, generated = make_plan(config, probe("cpu"), vocab_size=257).parameters, Trainer.save, []
     monkeypatch.setattr(budget, "WRITE_BYTES_PER_S", n * budget.SAVED_BYTES / 3)
@@ -186,15 +189,20 @@ def test_a_first_sample_and_checkpoint_at_the_very_end_are_allowed_for(
 def test_the_trial_changes_no_bit(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout on: losses are those of a run without it, and the generator of random numbers stands where it stood."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
-    trial = Trainer.guess_pauses
+    trial, guessed = Trainer.guess_pauses, {}
 
     def watched(self: Trainer) -> None:
         before = torch.get_rng_state()
         trial(self)
         assert torch.equal(torch.get_rng_state(), before) and self.state.model.training
-        assert self.state.pace is not None and set(self.state.pace.pause_s) == {"sample", "write"}
+        assert self.state.pace is not None and set(self.state.pace.pause_s) == {"eval", "sample", "write"}
+        guessed.update(self.state.pace.pause_s)
 
-    for out, guess in (("with", watched), ("without", lambda _: None)):
+    def told(self: Trainer) -> None:
+        assert self.state.pace is not None
+        self.state.pace.guess(guessed)
+
+    for out, guess in (("with", watched), ("without", told)):
         with monkeypatch.context() as m:
             timed(m, lambda *_: 0.25, estimate=100)
             m.setattr(Trainer, "guess_pauses", guess)
@@ -232,7 +240,6 @@ def test_at_a_constant_speed_it_is_the_schedule_of_so_many_steps(
     timed(
         monkeypatch, lambda *_: 0.25, estimate=211, eval_s=0.7
     )  # and a save: 211 steps and 9 pauses of 0.8 s
-    monkeypatch.setattr(budget, "FORWARD_SHARE", 0.7 / (0.25 * val_tokens(config) / 64))
     session.train(config, "run")
     log = steps("run")
     assert [e["total_steps"] for e in log[:5]] == [211] * 5 and len({e["total_steps"] for e in log}) <= 5

@@ -12,9 +12,8 @@ from torch import Tensor
 from regpt.errors import ConfigError
 from regpt.models import IGNORE
 
-CHUNK_BYTES = (
-    1 << 27
-)  # of float32 logits alive at a time; less is slower: every chunk packs the whole matrix anew
+# Of float32 logits alive at a time; less is slower: every chunk packs the whole matrix anew.
+CHUNK_BYTES = 1 << 27
 CHUNKED_FROM = 2048  # logits a position; with fewer, all of them are small beside the rest of a model
 
 

@@ -93,9 +93,8 @@ def logit_bytes(
     if compiled or width < CHUNKED_FROM:
         return (LOGIT_BYTES + SOFTCAP_BYTES * capped) * tokens * width
     chunk = (CHUNK_LOGIT_BYTES[dtype] + CHUNK_SOFTCAP_BYTES * capped) * chunk_rows(tokens, width) * width
-    return chunk + (
-        0 if dtype == "float32" else 2 * width * config.n_embd
-    )  # and a part of the matrix's gradient
+    of_gradient = 0 if dtype == "float32" else 2 * width * config.n_embd  # a part of the matrix's
+    return chunk + of_gradient
 
 
 def memory_estimate(

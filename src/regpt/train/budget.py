@@ -24,9 +24,6 @@ ENOUGH_STEPS = 3  # measured before the first estimate gives way to them
 TOLERANCE = 0.02  # of the steps left: by less than this the total does not follow the speed
 WARMUP_SHARE = 0.25  # of the total at most: a budget may hold fewer steps than `warmup_steps` had in mind
 FINEST_S = 1e-9  # a step is not faster, whatever the clock says
-FORWARD_SHARE = (
-    1 / 3
-)  # of a training step, a token: an evaluation's cost until one was measured, or a pass of it
 TRIED_TOKENS = 8  # generated before the first step: a sample's cost until one was measured
 # A checkpoint's cost until one was written: a slow disk's rate, for a weight and two moments of each parameter at most.
 WRITE_BYTES_PER_S = 2e8
@@ -80,7 +77,6 @@ class Pace:
         elapsed_s: float,
         tokens_before: Callable[[int], int],
         every: Mapping[str, int | None],
-        val_tokens: int,
     ) -> int:
         """The total that ends nearest to the budget, as far as is known now.
 
@@ -88,7 +84,6 @@ class Pace:
             step: updates made; evaluations and saves due at it are not done yet.
             tokens_before: of a step; no step has fewer than those before it.
             every: steps between pauses of each kind, all of which also come at the end; None: then only.
-            val_tokens: that an evaluation reads.
         """
         left_s = self.budget_s - elapsed_s
         if not self.known:
@@ -97,7 +92,7 @@ class Pace:
         step_tokens = tokens_before(step + 1) - here
         token_s = max(statistics.median(self.recent_token_s), FINEST_S / step_tokens)
         step_s = step_tokens * token_s
-        cost_s = {"eval": FORWARD_SHARE * val_tokens * token_s} | self.pause_s
+        cost_s = dict(self.pause_s)
         # The last checkpoint is waited for, the others are written while training goes on.
         final_s = max(cost_s.pop("write", 0.0) - cost_s.get("save", 0.0), 0.0)
 

@@ -2,9 +2,8 @@
 
 Measured with torch 2.13 on one busy machine, one thread of an AMD EPYC (Zen 5), bfloat16, processor time beside the eager form
 in the same process. Forward and backward pass: `modern` 4 x 128 takes 0.68 to 0.64 compiled, `gpt2` 4 x 128 0.87; `gpt2` 6 x
-384 with dropout takes 1.4: there auto never compiles, nor at others unmeasured. The first step
-took 76, 46 and 65 s, or 8, 3 and 5 s once results were kept; the rule counts a cold start always. The presets for a CPU are
-too short for it.
+384 with dropout takes 1.4: there auto never compiles, nor at others unmeasured. The first step took 76, 46 and 65 s, or 8, 3
+and 5 s once results were kept; the rule counts a cold start always. The presets for a CPU are too short for it.
 """
 
 from __future__ import annotations

@@ -359,7 +359,6 @@ class Trainer:
             s.elapsed_s,
             self.plan.tokens_before,
             pause_periods(config),
-            self.val_split.n_tokens if self.val_split else 0,
         )
         fitting = self.ranks.largest(fitting if self.ranks.main else 0)  # rank 0's clock decides
         s.pace.follow(s.step, fitting)
@@ -379,7 +378,7 @@ class Trainer:
             )
 
     def guess_pauses(self) -> None:
-        """Before the first step: what a sample and a checkpoint may take, so that the first of them may come at the end.
+        """Before the first step: what an evaluation, a sample, a checkpoint may take, so that the first may come at the end.
 
         A few tokens are generated for it, which nobody sees; nothing of the run but its length depends on them.
         """
@@ -393,18 +392,13 @@ class Trainer:
             for _ in generate(cast(LanguageModel, self.state.model), self.tokenizer, prompt, few):
                 read_s.append(self.clock())
             pace.guess({"sample": sample_guess_s(read_s, tokens)})
-        if (
-            self.val_split is not None
-            and "eval" not in pace.pause_s
-            and (pass_s := self._eval_pass_s(self.val_split))
-        ):
-            tokens_a_pass = self.ranks.world * self.eval_rows * self.config.model.block_size
-            pace.guess({"eval": pass_s * math.ceil(self.val_split.n_tokens / tokens_a_pass)})
+        if self.val_split is not None and "eval" not in pace.pause_s:
+            pace.guess({"eval": self._eval_guess_s(self.val_split)})
         self.tick()
 
     @torch.no_grad()
-    def _eval_pass_s(self, split: TokenSplit) -> float:
-        """Seconds of the first of an evaluation's passes, the second time that it is made; all ranks make it."""
+    def _eval_guess_s(self, split: TokenSplit) -> float:
+        """What an evaluation may take: its first pass, the second time that it is made, for each. All ranks make it."""
         model = cast(LanguageModel, self.state.model)
         x, y = next(eval_batches(split, self.config.model.block_size, self.eval_rows))
         model.eval()
@@ -413,7 +407,8 @@ class Trainer:
             with self.autocast():
                 float(model(self.move(x), self.move(y), reduction="sum"))
         model.train()
-        return self.clock() - began
+        tokens = self.ranks.world * self.eval_rows * self.config.model.block_size  # of a pass of all ranks
+        return (self.clock() - began) * math.ceil(split.n_tokens / tokens)
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:

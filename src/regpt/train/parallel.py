@@ -158,11 +158,8 @@ def shard(model: nn.Module, config: Config, ranks: Ranks, device: str) -> None:
     for block in cast(Iterable[nn.Module], model.h):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # `named_parameters` then always are the shards
-    for method in (
-        "hidden",
-        "head",
-        "loss",
-    ):  # each leaves shards behind, so they are gathered for the next too
+    # Each leaves shards behind, so they are gathered for the next too.
+    for method in ("hidden", "head", "loss"):
         register_fsdp_forward_method(model, method)
 
 

@@ -17,7 +17,7 @@ from regpt.errors import ConfigError
 from regpt.models.count import count_parameters, flops_per_token
 from regpt.train.estimate import with_time
 from regpt.train.machine import Machine
-from regpt.train.plan import MEMORY_SHARE, Plan, make_plan
+from regpt.train.plan import MEMORY_SHARE, make_plan
 
 # (layers, channels), by size: heads of 64 channels, of 32 in the smallest, and about 64 channels a layer, as GPT-2's first.
 LADDER = (
@@ -28,7 +28,6 @@ LADDER = (
 BATCH_FACTOR, BATCH_EXPONENT = 0.2920, 0.3271
 LEAST_STEPS = 200  # fewer updates than this teach little, however large their batches
 MANY_EPOCHS = 4  # up to so many, repeated text is worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264)
-REPEATED = 4  # shapes are tried until the speed measured at one proposes it again, at most so often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +157,8 @@ def propose(
     Raises:
         ConfigError: not even the smallest shape fits the budget, or the memory.
     """
-    shapes = [sized(config, layers, channels) for layers, channels in LADDER]
+    plain = _of_any_length(config)
+    shapes = [sized(plain, layers, channels) for layers, channels in LADDER]
     speeds = {} if speeds is None else speeds
 
     def speed(i: int) -> float | None:
@@ -177,36 +177,33 @@ def propose(
         """The shape with the batch that it would be proposed with; before any speed is known, with the batch asked for."""
         n, shape = tokens(i), shapes[i]
         cost, T = flops_per_token(shape.model, vocab_size), shape.model.block_size
-        batch = best_batch(cost * n, n, T) if n else config.train.batch_tokens
+        batch = best_batch(cost * n, n, T) if n else plain.train.batch_tokens
         return dataclasses.replace(shape, train=dataclasses.replace(shape.train, batch_tokens=batch))
 
     fitting = list(range(len(shapes)))
-    best = len(shapes) // 2
-    if spend.flops is not None or speeds:
-        best = _best(law, shapes, fitting, tokens, vocab_size)
-    for _ in range(REPEATED + len(shapes)):
-        if not _fits(with_batch(best), machine, vocab_size):
+    while True:
+        if not fitting:
+            raise ConfigError(
+                "no model of the ladder fits the memory of this machine.", hint="a shorter context"
+            )
+        unknown = spend.flops is None and not speeds
+        best = fitting[len(fitting) // 2] if unknown else _best(law, shapes, fitting, tokens, vocab_size)
+        chosen = with_batch(best)
+        if not _fits(chosen, machine, vocab_size):
             fitting = [i for i in fitting if i < best]
-            if not fitting:
-                raise ConfigError(
-                    "no model of the ladder fits the memory of this machine.", hint="a shorter context"
-                )
-            best = fitting[-1] if not speeds else _best(law, shapes, fitting, tokens, vocab_size)
             continue
-        if len(speeds) >= REPEATED and best in speeds:
+        if best in speeds:
             break
-        measured = _speed(with_batch(best), machine, vocab_size)
+        measured = _speed(chosen, machine, vocab_size)
         if measured is not None:
             speeds[best] = measured
-        elif spend.time_s is not None:
+        elif spend.flops is None:
             raise ConfigError("the speed of this machine could not be measured.", hint="--flops N")
-        again = _best(law, shapes, fitting, tokens, vocab_size)
-        if again == best:
+        else:
             break
-        best = again
     minutes = spend.time_s / 60 if spend.time_s is not None else None
     return _proposal(
-        law, config, shapes[best], minutes, machine, tokens(best), speed(best), vocab_size, train_tokens
+        law, config, chosen, minutes, machine, tokens(best), speed(best), vocab_size, train_tokens
     )
 
 
@@ -237,26 +234,22 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def _fits(config: Config, machine: Machine, vocab_size: int) -> bool:
-    plan = _planned(_tried(config), machine, vocab_size)
-    return not machine.memory_bytes or plan.memory.total <= MEMORY_SHARE * machine.memory_bytes
-
-
-def _planned(config: Config, machine: Machine, vocab_size: int) -> Plan:
-    return make_plan(config, machine, vocab_size=vocab_size)
-
-
-def _tried(config: Config) -> Config:
+def _of_any_length(config: Config) -> Config:
     """`config` without what belongs to another length or batch than the proposal's."""
+    # The laws were fitted without a batch ramp.
     train = dataclasses.replace(config.train, minutes=None, micro_rows=None, batch_ramp_steps=0)
     optim = dataclasses.replace(config.optim, warmup_steps=0, decay_steps=None)
     return dataclasses.replace(config, train=train, optim=optim)
 
 
+def _fits(config: Config, machine: Machine, vocab_size: int) -> bool:
+    plan = make_plan(config, machine, vocab_size=vocab_size)
+    return not machine.memory_bytes or plan.memory.total <= MEMORY_SHARE * machine.memory_bytes
+
+
 def _speed(config: Config, machine: Machine, vocab_size: int) -> float | None:
     """FLOP/s of training, as `regpt plan` estimates them."""
-    config = _tried(config)
-    plan = with_time(_planned(config, machine, vocab_size), config, machine)
+    plan = with_time(make_plan(config, machine, vocab_size=vocab_size), config, machine)
     return plan.total_flops / plan.time_s if plan.time_s else None
 
 
@@ -290,24 +283,16 @@ def _proposal(
     vocab_size: int,
     train_tokens: int | None,
 ) -> Proposal:
-    per_token = flops_per_token(config.model, vocab_size)
-    batch = best_batch(per_token * tokens, tokens, config.model.block_size)
+    per_token, batch = flops_per_token(config.model, vocab_size), config.train.batch_tokens
     steps = max(tokens // batch, 1)
     total = steps * batch
-    warmup = min(config.optim.warmup_steps, steps // 10)
+    warmup = min(asked.optim.warmup_steps, steps // 10)
     chosen = dataclasses.replace(
         config,
-        train=dataclasses.replace(
-            config.train,
-            batch_tokens=batch,
-            batch_ramp_steps=0,  # the law was fitted without
-            steps=steps,
-            micro_rows=None,
-            minutes=minutes,
-        ),
-        optim=dataclasses.replace(config.optim, warmup_steps=warmup, decay_steps=None),
+        train=dataclasses.replace(config.train, steps=steps, minutes=minutes),
+        optim=dataclasses.replace(config.optim, warmup_steps=warmup),
     )
-    plan, n = _planned(chosen, machine, vocab_size), _n(law, config, vocab_size)
+    plan, n = make_plan(chosen, machine, vocab_size=vocab_size), _n(law, config, vocab_size)
     return Proposal(
         law=law.name,
         n_layer=config.model.n_layer,
