@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from regpt.errors import ConfigError, did_you_mean
 
+SHARD_TOKENS = 100_000_000  # ids in one file of shards, unless asked otherwise
+
 # --- the tree --------------------------------------------------------------------------------------------------------
 
 
@@ -37,6 +39,12 @@ class DataConfig:
     """Share of documents held out for validation; of a single text, its last part by position."""
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
+    dedup: bool = False
+    """Leave out documents whose text is that of an earlier one."""
+    min_chars: int = 0
+    """Leave out documents with fewer characters."""
+    shuffle_seed: int | None = None
+    """Shuffle the training documents across shards, in an order drawn by this seed. None: they stay in the source's order."""
     verify: bool = True
     """Compare prepared shards with their checksums before the first step. False: sizes only."""
     workers: int | None = None

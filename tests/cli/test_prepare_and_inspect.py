@@ -52,6 +52,9 @@ def test_prepare_then_inspect(folder, capsys, tokenizer, vocab_size) -> None:
         "val_tokens",
         "documents",
         "bytes",
+        "bytes_per_token",
+        "longest_tokens",
+        "duplicates",
         "seconds",
         "skipped",
     }
@@ -204,3 +207,33 @@ def test_inspect_of_a_run_shows_each_loss_at_its_own_step(tmp_path, capsys) -> N
     assert json.loads(capsys.readouterr().out)["missing_step"] == 9
     assert main(["inspect", str(run.path)]) == 2
     assert "checkpoint of step 9, the last one saved, is GONE" in capsys.readouterr().out
+
+
+def test_slices_are_prepared_and_merged(folder, capsys) -> None:
+    """As on several machines; what comes out is what one machine makes."""
+    wishes = [
+        "--tokenizer",
+        "bytes",
+        "--val-fraction",
+        "0.2",
+        "--dedup",
+        "--min-chars",
+        "20",
+        "--shuffle-seed",
+        "1",
+    ]
+    for i in (1, 2):
+        assert main(["prepare", "my téxts", "--out", f"part{i}", "--slice", f"{i}/2", *wishes]) == 0
+    assert main(["merge", "part2", "part1", "--out", "merged", "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["prepare", "my téxts", "--out", "whole", *wishes, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert {k: v for k, v in merged.items() if k not in ("out", "seconds")} == {
+        k: v for k, v in whole.items() if k not in ("out", "seconds")
+    }
+    assert Shards.open("merged").manifest == Shards.open("whole").manifest
+    assert main(["inspect", "merged"]) == 0
+    assert main(["merge", "part1", "--out", "other"]) == 2
+    assert "of 2 slices these are missing: 2." in capsys.readouterr().err
+    assert main(["merge", "--out", "other"]) == 2
+    assert "no slices are given" in capsys.readouterr().err

@@ -216,8 +216,11 @@ def describe_shards(shards: Shards) -> list[str]:
     for name, s in m.splits.items():
         lines.append(
             f"{name:<10} {s.tokens:,} tokens in {s.documents:,} documents, {s.source_bytes:,} bytes of text "
-            f"({s.source_bytes / s.tokens:.2f} a token), the longest {s.longest:,} tokens"
+            f"({s.source_bytes / max(s.tokens, 1):.2f} a token), the longest {s.longest:,} tokens"
         )
+    if m.duplicates:
+        kept = "left out" if m.request.get("dedup") else "kept"
+        lines.append(f"duplicates {m.duplicates:,} documents whose text is that of an earlier one, {kept}")
     if m.skipped:
         lines.append("skipped    " + ", ".join(f"{n:,} {reason}" for reason, n in m.skipped.items()))
     lines.append(f"files      {len(m.files)}, {sum(f.bytes for f in m.files):,} bytes")

@@ -6,12 +6,15 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse
-from regpt.config import DataConfig, TokenizerConfig
+from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
+
+if TYPE_CHECKING:
+    from regpt.data.shards import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,18 @@ class Args(CommonArgs):
     """A separate source for validation. None: split off SOURCE."""
     text_field: Annotated[str, tyro.conf.arg(aliases=["--data.text-field"])] = DataConfig.text_field
     """The field that holds the text in JSONL and parquet."""
+    dedup: Annotated[bool, tyro.conf.arg(aliases=["--data.dedup"])] = DataConfig.dedup
+    """Leave out documents whose text is that of an earlier one."""
+    min_chars: Annotated[int, tyro.conf.arg(aliases=["--data.min-chars"])] = DataConfig.min_chars
+    """Leave out documents with fewer characters."""
+    shuffle_seed: Annotated[int | None, tyro.conf.arg(aliases=["--data.shuffle-seed"])] = (
+        DataConfig.shuffle_seed
+    )
+    """Shuffle the training documents across shards, in an order drawn by this seed. None: the source's order."""
+    slice: str | None = None
+    """i/n: only the i-th of n stretches of the source, for many machines; `regpt merge` joins them. None: all."""
+    shard_tokens: int = SHARD_TOKENS
+    """Ids in one file."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
 
@@ -43,13 +58,26 @@ class Args(CommonArgs):
 def main(argv: list[str]) -> int:
     """`regpt prepare`."""
     args = parse(Args, argv, prog="regpt prepare", description=__doc__ or "")
-    from regpt.cli.inspect import describe_shards
     from regpt.data.corpus import tokenizer_for
-    from regpt.data.prepare import estimated_bytes, megabytes, prepare, unusual_split
-    from regpt.data.shards import Shards
+    from regpt.data.prepare import (
+        estimated_bytes,
+        estimated_seconds,
+        megabytes,
+        prepare,
+        unusual_split,
+        workers_for,
+    )
+    from regpt.data.request import Request, Selection, Slice
     from regpt.data.sources import open_source
 
     out, begun = Output(args), time.monotonic()
+    selection = Selection(
+        dedup=args.dedup,
+        min_chars=args.min_chars,
+        shuffle_seed=args.shuffle_seed,
+        slice=Slice.parse(args.slice) if args.slice is not None else None,
+    )
+    selection.check()
     source = open_source(args.source, text_field=args.text_field)
     val_source = (
         open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
@@ -60,12 +88,16 @@ def main(argv: list[str]) -> int:
         val_source,
         args.val_fraction,
         lambda event, step, values: out.info(values["text"]) if event == "info" else None,
+        min_chars=args.min_chars,
     )
-    needed = estimated_bytes(source, val_source, tokenizer)
+    request = Request(source, args.val_fraction, val_source, tokenizer, args.shard_tokens, selection)
+    workers = args.workers or workers_for(source)
+    seconds = estimated_seconds(request, workers)
     out.info(
-        f"{megabytes(source.stored_bytes)} in {len(source.files):,} files; the shards will take about {megabytes(needed)}"
+        f"{megabytes(source.stored_bytes)} in {len(source.files):,} files; the shards will take about "
+        f"{megabytes(estimated_bytes(request))}" + (f" and {duration(seconds)}" if seconds else "")
     )
-    total = source.stored_bytes + (val_source.stored_bytes if val_source else 0)
+    total = request.within_bytes
     with out.progress("tokenising", total, "bytes") as bar:
         manifest = prepare(
             source,
@@ -73,26 +105,40 @@ def main(argv: list[str]) -> int:
             Path(args.out),
             val_fraction=args.val_fraction,
             val_source=val_source,
+            selection=selection,
             workers=args.workers,
+            shard_tokens=args.shard_tokens,
             progress=lambda done, _: bar.update(done),
         )
-    if unusual := unusual_split(manifest, args.val_fraction):
+    if not selection.slice and (unusual := unusual_split(manifest, args.val_fraction)):
         out.warn(unusual)
-    seconds, splits = time.monotonic() - begun, manifest.splits
+    report(out, args.out, manifest, time.monotonic() - begun)
+    return 0
+
+
+def report(out: Output, folder: str, manifest: Manifest, seconds: float) -> None:
+    """What lies in the folder now, for a person and for a script."""
+    from regpt.cli.inspect import describe_shards
+    from regpt.data.shards import Shards
+
+    splits = manifest.splits
+    tokens, source_bytes = (sum(getattr(s, n) for s in splits.values()) for n in ("tokens", "source_bytes"))
     result: dict[str, Any] = {
-        "out": args.out,
+        "out": folder,
         "tokenizer": dataclasses.asdict(manifest.tokenizer),
         "train_tokens": splits["train"].tokens,
         "val_tokens": splits["val"].tokens if "val" in splits else 0,
         "documents": sum(s.documents for s in splits.values()),
-        "bytes": sum(s.source_bytes for s in splits.values()),
+        "bytes": source_bytes,
+        "bytes_per_token": round(source_bytes / tokens, 4) if tokens else None,
+        "longest_tokens": max(s.longest for s in splits.values()),
+        "duplicates": manifest.duplicates,
         "seconds": round(seconds, 3),
         "skipped": manifest.skipped,
     }
     lines = [
-        *describe_shards(Shards.open(args.out)),
+        *describe_shards(Shards.open(folder)),
         f"time       {duration(seconds)}",
-        f"next:      regpt inspect {args.out}",
+        f"next:      regpt inspect {folder}",
     ]
     out.result(result, "\n".join(lines))
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 from regpt.config import Config, TokenizerConfig
 from regpt.data.prepare import prepare, training_texts, unusual_split
+from regpt.data.request import Selection
 from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards
 from regpt.data.sources import Source, is_remote, open_source
 from regpt.errors import ConfigError, DataError
@@ -58,7 +60,13 @@ def corpus(
     if (folder / MANIFEST).exists():
         return verified(_prepared(folder, config, source, val_source), listen)
     tokenizer = tokenizer_for(
-        config.tokenizer, source, val_source, config.data.val_fraction, listen, kept=kept_tokenizer
+        config.tokenizer,
+        source,
+        val_source,
+        config.data.val_fraction,
+        listen,
+        min_chars=config.data.min_chars,
+        kept=kept_tokenizer,
     )
     listen("info", 0, {"text": f"preparing {source.name} into {folder}"})
 
@@ -72,6 +80,7 @@ def corpus(
         folder,
         val_fraction=config.data.val_fraction,
         val_source=val_source,
+        selection=selection(config),
         workers=config.data.workers,
         progress=progress,
     )
@@ -100,12 +109,22 @@ def text_identity(config: Config) -> dict[str, Any]:
     folder = user_path(config.data.source)
     if (folder / MANIFEST).exists():
         return {"shards": Shards.open(folder).manifest.fingerprint}
-    source, val_source = _sources(config)
+    return _asked(config, *_sources(config))
+
+
+def selection(config: Config) -> Selection:
+    """Which documents a run takes."""
+    d = config.data
+    return Selection(dedup=d.dedup, min_chars=d.min_chars, shuffle_seed=d.shuffle_seed)
+
+
+def _asked(config: Config, source: Source, val_source: Source | None) -> dict[str, Any]:
+    """The text and its split, as manifests keep them."""
     return {
         "source": source.fingerprint,
         "val_source": val_source.fingerprint if val_source else None,
         "val_fraction": config.data.val_fraction,
-    }
+    } | selection(config).asked()
 
 
 def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
@@ -113,10 +132,7 @@ def data_folder(config: Config, source: Source, val_source: Source | None = None
     if config.data.dir is not None:
         return user_path(config.data.dir)
     name = config.tokenizer.name
-    asked = {
-        "source": source.fingerprint,
-        "val_source": val_source.fingerprint if val_source else None,
-        "val_fraction": config.data.val_fraction,
+    asked = _asked(config, source, val_source) | {
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
@@ -131,6 +147,7 @@ def tokenizer_for(
     val_fraction: float,
     listen: Listener,
     *,
+    min_chars: int = 0,
     kept: Path | None = None,
 ) -> Tokenizer:
     """The tokenizer that `asked` names. bpe is trained on the training part of the text; chars holds every character
@@ -144,9 +161,9 @@ def tokenizer_for(
 
     if asked.name == "chars":
         return train_chars(
-            itertools.chain.from_iterable(training_texts(s, 0) for s in (source, val_source) if s)
+            itertools.chain.from_iterable(training_texts(s, 0, min_chars) for s in (source, val_source) if s)
         )
-    texts = training_texts(source, 0 if val_source else val_fraction)
+    texts = training_texts(source, 0 if val_source else val_fraction, min_chars)
     listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
 
     def progress(chars: int) -> None:
@@ -194,11 +211,8 @@ def _prepared(
     shards = Shards.open(folder)
     manifest = shards.manifest
     if source is not None:
-        asked = {
-            "source": source.fingerprint,
-            "val_source": val_source.fingerprint if val_source else None,
-            "val_fraction": config.data.val_fraction,
-        }
+        asked = {f.name: None for f in dataclasses.fields(Selection)} | _asked(config, source, val_source)
+        asked["val_fraction"] = None if val_source else config.data.val_fraction
         other = [name for name, value in asked.items() if manifest.request.get(name) != value]
         if other:
             raise DataError(

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import json
 import mmap
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +66,15 @@ class Part:
     line: int = 0
     temporary: bool = False
     """Made for this part alone; to be deleted after it."""
+    file: int = 0
+    """Which of the source's files."""
+    min_chars: int = 0
+    """Documents with fewer characters are left out; fragments never are."""
+
+    def delete_if_temporary(self) -> None:
+        """What whoever is done with a part calls."""
+        if self.temporary:
+            os.unlink(self.path)
 
 
 def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
@@ -75,13 +86,30 @@ def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
     Raises:
         DataError: a line that is not JSON, a missing field; naming file and line.
     """
-    if part.form == "parquet":
+    if part.min_chars and not part.fragment:
+        for document in documents(dataclasses.replace(part, min_chars=0), skipped):
+            if _has_chars(document, part.min_chars):
+                yield document
+            else:
+                skipped[f"shorter than {part.min_chars} characters"] += 1
+    elif part.form == "parquet":
         yield from _parquet(part, skipped)
     elif not Path(part.path).stat().st_size:
         skipped["empty"] += part.offset == 0
     else:
         with open(part.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield from (_json_lines if part.form == "jsonl" else _texts)(data, part, skipped)
+
+
+def _has_chars(document: Document, n: int) -> bool:
+    """Whether there are as many; yes for what is no text at all, which is noticed where it is read."""
+    with contextlib.suppress(UnicodeError):
+        for piece in document():
+            n -= len(piece)
+            if n <= 0:
+                return True
+        return False
+    return True
 
 
 # --- text ---------------------------------------------------------------------------------------------------

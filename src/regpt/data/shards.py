@@ -112,6 +112,8 @@ class Manifest:
     files: tuple[ShardFile, ...]
     skipped: dict[str, int]
     """What was left out, by reason."""
+    duplicates: int | None = None
+    """Documents whose text is that of an earlier one, left out or not. None: written before they were counted."""
     eot: str = "appended"
     format: str = FORMAT
 

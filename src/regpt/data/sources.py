@@ -138,23 +138,41 @@ class Source:
         """One text without `<|endoftext|>` between documents: split by position, as nanoGPT does."""
         return self.scan is not None and self.scan.is_text and not self.scan.separated
 
-    def parts(self, work: Path) -> Iterator[Part]:
+    def parts(self, work: Path, *, within: range | None = None, first_file: int = 0) -> Iterator[Part]:
         """The source in order, the same parts every time.
 
         Args:
             work: a folder for pieces of packed files; who reads such a part (`Part.temporary`) deletes it.
+            within: only parts that begin within these of `stored_bytes`, counted through all files.
+            first_file: where to begin; the same parts as if those before had been passed over.
         """
+        at = 0
         for number, f in enumerate(self.files):
-            if f.form == "parquet":
-                groups = row_groups(f.path, self.text_field)
-                for g in range(groups):
-                    yield self._part(f, g, g + 1, f.size * (g + 1) // groups - f.size * g // groups)
-            elif f.packing:
-                yield from self._unpacked_parts(f, work / f"unpacked-{number}")
-            else:
-                for start in range(0, max(f.size, 1), PART_BYTES):
-                    end = min(start + PART_BYTES, f.size)
-                    yield self._part(f, start, end, end - start)
+            begin, end = at, at + f.size
+            at = end
+            outside = within is not None and (begin >= within.stop or (end <= within.start and end > begin))
+            if number < first_file or outside:
+                continue
+            for part in self._parts_of(f, work / f"unpacked-{number}"):
+                if within is None or begin in within:
+                    yield dataclasses.replace(part, file=number)
+                else:
+                    part.delete_if_temporary()
+                    if begin >= within.stop:
+                        break
+                begin += part.stored_bytes
+
+    def _parts_of(self, f: SourceFile, unpacked_prefix: Path) -> Iterator[Part]:
+        if f.form == "parquet":
+            groups = row_groups(f.path, self.text_field)
+            for g in range(groups):
+                yield self._part(f, g, g + 1, f.size * (g + 1) // groups - f.size * g // groups)
+        elif f.packing:
+            yield from self._unpacked_parts(f, unpacked_prefix)
+        else:
+            for start in range(0, max(f.size, 1), PART_BYTES):
+                end = min(start + PART_BYTES, f.size)
+                yield self._part(f, start, end, end - start)
 
     def _part(self, f: SourceFile, start: int, end: int, stored: int) -> Part:
         return Part(str(f.path), str(f.path), f.form, start, end, stored, text_field=self.text_field)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -16,6 +16,13 @@ import xxhash
 from regpt.data.shards import ShardFile, SplitFacts
 
 COPY_BYTES = 1 << 20
+
+
+class Readable(Protocol):
+    """Where ids come from: an open file, or anything that is read forwards."""
+
+    def read(self, n: int, /) -> bytes:
+        """The next `n` bytes."""
 
 
 @dataclass
@@ -42,7 +49,7 @@ class SplitWriter:
         self.total = _Totals()
         self.ids, self.index = _HashedFile(), _HashedFile()
 
-    def add(self, ids: BinaryIO, lengths: Sequence[int], source_bytes: int, *, whole: bool) -> None:
+    def add(self, ids: Readable, lengths: Sequence[int], source_bytes: int, *, whole: bool) -> None:
         """Copy documents of these lengths; unless `whole`, the last one goes on in the next call."""
         ends, size, done = np.cumsum(lengths), sum(lengths), 0
         full = [lengths[0] + self.total.unended, *lengths[1:]]
