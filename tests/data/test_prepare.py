@@ -136,7 +136,7 @@ def test_large_vocabularies_get_uint32(tmp_path, monkeypatch, tokenizer) -> None
     big = SimpleNamespace(
         kind="big", vocab_size=70_000, eot_id=69_999, fingerprint="f", save=lambda folder: None
     )
-    big.encode = lambda text: [65_536 + ord(c) % 1000 for c in text]
+    big.encode_array = lambda text: np.array([65_536 + ord(c) % 1000 for c in text], np.uint32)
     (tmp_path / "a.txt").write_text("abc")
     manifest = prepare(open_source(str(tmp_path / "a.txt")), big, tmp_path / "out", val_fraction=0)
     assert manifest.dtype == "uint32" and manifest.max_id == 69_999
@@ -148,13 +148,13 @@ def test_large_vocabularies_get_uint32(tmp_path, monkeypatch, tokenizer) -> None
     ]
 
 
-@pytest.mark.parametrize("bad, vocab_size", [(-1, 257), (257, 257), (65_536, 65_536), (70_000, 257)])
+@pytest.mark.parametrize("bad, vocab_size", [(2**32 - 1, 257), (257, 257), (65_536, 65_536), (70_000, 257)])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, bad, vocab_size) -> None:
     """Never wrapped into another id; nothing is left behind."""
     broken = SimpleNamespace(
         kind="broken", vocab_size=vocab_size, eot_id=256, fingerprint="f", save=lambda folder: None
     )
-    broken.encode = lambda text: [1, 2, bad]
+    broken.encode_array = lambda text: np.array([1, 2, bad], np.uint32)
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(
         DataError,

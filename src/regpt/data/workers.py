@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 import regpt.errors
 from regpt.data.documents import Document, Part, documents
@@ -77,6 +78,7 @@ def tokenize(part: Part, tokenizer: Tokenizer, path: Path) -> Tokenized:
     """
     skipped: Counter[str] = Counter()
     tokens, sizes, hashes = [], [], []
+    eot = np.array([tokenizer.eot_id], dtype=np.uint32)
     with open(path, "wb") as file:
         ids = _Ids(file, tokenizer)
         for document in documents(part, skipped):
@@ -98,7 +100,7 @@ def tokenize(part: Part, tokenizer: Tokenizer, path: Path) -> Tokenized:
                 ids.take_back(begun)
                 continue
             if part.fragment != "middle":
-                ids.add([tokenizer.eot_id])
+                ids.add(eot)
             tokens.append(ids.total - begun)
             sizes.append(size)
             hashes.append(digest.intdigest())
@@ -108,9 +110,9 @@ def tokenize(part: Part, tokenizer: Tokenizer, path: Path) -> Tokenized:
     return Tokenized(tokens, sizes, hashes, ids.max_id, {k: n for k, n in skipped.items() if n})
 
 
-def _encode(tokenizer: Tokenizer, piece: str, part: Part) -> list[int]:
+def _encode(tokenizer: Tokenizer, piece: str, part: Part) -> NDArray[np.uint32]:
     try:
-        return tokenizer.encode(piece)
+        return tokenizer.encode_array(piece)
     except DataError as e:
         raise DataError(f"{part.label}: {e.what}", got=e.got, expected=e.expected, hint=e.hint) from None
 
@@ -121,33 +123,36 @@ class _Ids:
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
         self.file, self.tokenizer = file, tokenizer
         self.dtype = dtype_for(tokenizer.vocab_size)
-        self.held: list[int] = []
+        self.held: list[NDArray[np.uint32]] = []
+        self.n_held = 0
         self.written = 0
         self.max_id = 0
 
     @property
     def total(self) -> int:
-        return self.written + len(self.held)
+        return self.written + self.n_held
 
-    def add(self, ids: list[int]) -> None:
-        self.held += ids
-        if len(self.held) >= BATCH_IDS:
+    def add(self, ids: NDArray[np.uint32]) -> None:
+        self.held.append(ids)
+        self.n_held += len(ids)
+        if self.n_held >= BATCH_IDS:
             self.flush()
 
     def flush(self) -> None:
-        if not self.held:
+        if not self.n_held:
             return
-        ids = np.array(self.held, dtype=np.int64)
-        low, high, size = int(ids.min()), int(ids.max()), self.tokenizer.vocab_size
-        if low < 0 or high >= size:  # astype would wrap such an id into another one without a word
+        ids = np.concatenate(self.held)
+        high, size = int(ids.max()), self.tokenizer.vocab_size
+        if high >= size:  # astype would wrap such an id into another one without a word
             raise DataError(
-                f"the {self.tokenizer.kind} tokenizer gave the id {low if low < 0 else high}.",
+                f"the {self.tokenizer.kind} tokenizer gave the id {high}.",
                 expected=f"ids from 0 to {size - 1}: its vocabulary has {size} entries",
             )
         self.max_id = max(self.max_id, high)
         self.file.write(ids.astype(self.dtype).data)
         self.written += len(ids)
         self.held.clear()
+        self.n_held = 0
 
     def take_back(self, total: int) -> None:
         """Forget the ids behind the first `total`."""
@@ -155,7 +160,8 @@ class _Ids:
             self.file.seek(total * self.dtype.itemsize)
             self.file.truncate()
             self.written = total
-        del self.held[total - self.written :]
+        kept = np.concatenate([*self.held, np.empty(0, np.uint32)])[: total - self.written]
+        self.held, self.n_held = [kept], len(kept)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
