@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from regpt.data.split import IdsFile, Ids, TokenSplit
+from regpt.data.split import Ids, IdsFile, TokenSplit
 from regpt.errors import DataError
 from regpt.train.durable import sealed, unsealed
 
