@@ -18,6 +18,7 @@ import numpy as np
 from regpt.config import Config, TokenizerConfig
 from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, facts_of, open_foreign
 from regpt.data.formats import Found, recognise
+from regpt.data.formats.base import Eot
 from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards, TokenizerFacts
 from regpt.data.sources import Source, is_remote, open_source
@@ -110,6 +111,8 @@ def _in_place(
     """Token files where they lie, with the tokenizer that the run names: most formats do not say which one it was."""
     tokenizer = tokenizer_of_files(found, config.tokenizer, kept)
     made = _foreign(found, config, facts_of(tokenizer), partial(byte_lengths_of, tokenizer))
+    if "val" in made.splits and made.split("val").n_tokens < 2:
+        raise DataError(f"{made.held_out}: one token is too little to validate on.")
     tokens = ", ".join(f"{made.split(name).n_tokens:,} {name}" for name in made.splits)
     text = f"training on {made.format} files in {found.folder} as they are: {tokens} tokens; validation: {made.held_out}"
     listen("info", 0, {"text": text})
@@ -133,20 +136,59 @@ def _foreign(
     )
 
 
+def open_tokens(
+    source: str, tokenizer: str | None = None, files: str | None = None, *, eot: Eot | None = None
+) -> tuple[TokenSet, Tokenizer]:
+    """The tokens at `source`, our own shards or another program's files, with nothing split off; and their tokenizer.
+
+    Args:
+        tokenizer: its name; None: the one that lies beside the tokens, else gpt2.
+        files: GPT-2's own, for use offline.
+        eot: where `<|endoftext|>` stands, if not where the source's program has it.
+
+    Raises:
+        DataError: there are no tokens at `source`.
+    """
+    folder = user_path(source)
+    if (folder / MANIFEST).exists():
+        return Shards.open(folder), load_tokenizer(folder / TOKENIZER)
+    found = recognise(source)
+    if found is None:
+        raise DataError(
+            f"{source} holds no token files.",
+            expected=".bin of nanoGPT or llm.c, .bin with .idx, .ds, .npy, or shards of regpt's",
+            hint=f"regpt prepare {source} --out DIR, if it is text",
+        )
+    beside = found.folder / TOKENIZER
+    if tokenizer is None and beside.is_dir():
+        opened = load_tokenizer(beside)
+    else:
+        asked = TokenizerConfig(name=tokenizer or TokenizerConfig.name, files=files)
+        opened = tokenizer_of_files(found, asked)
+    sizes = partial(byte_lengths_of, opened)
+    return open_foreign(found, facts_of(opened), sizes, asked=opened.kind, eot=eot), opened
+
+
 def tokenizer_of_files(found: Found, asked: TokenizerConfig, kept: Path | None = None) -> Tokenizer:
-    """The tokenizer that `asked` names for token files. A trained one lies beside them, or nanoGPT's input.txt does.
+    """The tokenizer that `asked` names for token files: the one beside them, where `convert` left one; chars also from
+    nanoGPT's input.txt.
 
     Raises:
         ConfigError: there is nothing that a chars or bpe tokenizer could be made from.
         DataError: the input.txt beside the files is not the text that they were made from.
     """
-    if asked.name not in TRAINED:
-        return open_tokenizer(asked.name, files=asked.files)
-    beside = next((f for f in (kept, found.folder / TOKENIZER) if f is not None and f.exists()), None)
+    beside = next((f for f in (found.folder / TOKENIZER, kept) if f is not None and f.is_dir()), None)
     if beside is not None:
         tokenizer = load_tokenizer(beside)
-        if tokenizer.kind == asked.name:
-            return tokenizer
+        wanted = asked.name if asked.name in KINDS else open_tokenizer(asked.name).fingerprint
+        if wanted != (tokenizer.kind if asked.name in KINDS else tokenizer.fingerprint):
+            raise DataError(
+                f"{beside} is the {tokenizer.kind} tokenizer of these tokens, this run asks for {asked.name}.",
+                hint=f"--tokenizer.name {beside}",
+            )
+        return tokenizer
+    if asked.name not in TRAINED:
+        return open_tokenizer(asked.name, files=asked.files)
     text = found.folder / "input.txt"
     if asked.name == "chars" and text.is_file():
         return _chars_of(text, found)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from regpt.data.formats import Found
 from regpt.data.formats.base import Eot, TokenFile
+from regpt.data.formats.datatrove import UNKNOWN
 from regpt.data.shards import TokenizerFacts
 from regpt.data.sources import CONTENT_BYTES
 from regpt.data.split import Ids, IdsFile, TokenSplit, mapped
@@ -198,6 +199,8 @@ def _opened(
 
 def own_name(tokenizer: TokenizerFacts) -> str:
     """What we call a tokenizer in other programs' files."""
+    if tokenizer.kind == "unknown":
+        return UNKNOWN
     return (
         tokenizer.kind
         if tokenizer.kind in ("gpt2", "bytes")
