@@ -58,7 +58,7 @@ def test_the_same_run_as_on_our_shards(prepared, capsys, format, one_thread) -> 
     words = ["convert", "ours", "--to", format, "--out", "theirs", "--eot", "append", "--quiet", "--json"]
     assert main(words) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["tokens"] == {"train": 22600, "val": 2512} or made["tokens"]["train"] > 20_000
+    assert sum(made["tokens"].values()) == len(TINY_TEXT) + 2
     config = on(prepared, "theirs")
     heard: list[str] = []
     train(
@@ -93,7 +93,7 @@ def test_resume_is_exact_and_other_data_is_refused(tiny_run, one_thread) -> None
 
 def test_wrong_ids_are_refused_before_step_1(tiny_run) -> None:
     """Naming file and byte; with data.verify=false only the files' ends are looked at."""
-    ids = np.zeros(200_000, "<u2")
+    ids = np.ones(200_000, "<u2")
     ids[100_000] = 999
     ids.tofile("train.bin")
     config = on(tiny_run, "train.bin")
@@ -158,7 +158,7 @@ def test_validation_of_another_source(tiny_run) -> None:
     tokens = corpus(config)[1]
     assert (tokens.split("train").n_tokens, tokens.split("val").n_tokens) == (200, 100)
     assert text_identity(config) == {"tokens": tokens.fingerprint} != text_identity(on(tiny_run, "a"))
-    with pytest.raises(ConfigError, match="data.source holds tokens, data.val_source=text.txt does not"):
+    with pytest.raises(ConfigError, match=r"data.source holds tokens, data.val_source=text.txt does not"):
         corpus(on(tiny_run, "a", val_source="text.txt"))
     published.write("nanogpt", Path("a"), "val", [[]], 257)
     with pytest.raises(DataError, match="one token is too little to validate on"):
@@ -204,10 +204,6 @@ def test_what_a_person_sees(tiny_run, capsys) -> None:
     assert "text.txt holds no token files" in capsys.readouterr().err
     assert main(["convert", one, "--to", "llmc", "--out", "x", "--eot-id", "5"]) == 2
     assert "--eot-id and --vocab-size go together" in capsys.readouterr().err
-    assert (
-        main(["convert", one, "--to", "datatrove", "--out", "x", "--eot-id", "256", "--vocab-size", "70000"])
-        == 2
-    )
     words = [
         "convert",
         one,

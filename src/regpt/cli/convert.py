@@ -14,6 +14,7 @@ from regpt.errors import ConfigError
 from regpt.paths import user_path
 
 if TYPE_CHECKING:
+    from regpt.data.formats.base import Eot
     from regpt.data.split import TokenSet
     from regpt.tokenizers import Tokenizer
 
@@ -28,10 +29,10 @@ class Args(CommonArgs):
     """The format to write; regpt: our own shards, with checksums and an index of documents."""
     out: str
     """A new folder."""
-    eot: Literal["append", "prepend", "none"] | None = None
-    """Where <|endoftext|> goes. None: as the program of --to has it (llm.c before every document, the others behind)."""
-    source_eot: Literal["append", "prepend", "none"] | None = None
-    """Where it stands in SOURCE. None: as an index shows, or as the source's program has it."""
+    eot: Literal["auto", "append", "prepend", "none"] = "auto"
+    """Where <|endoftext|> goes. auto: as the program of --to has it (llm.c before every document, the others behind)."""
+    source_eot: Literal["auto", "append", "prepend", "none"] = "auto"
+    """Where it stands in SOURCE. auto: as an index shows, or as the source's program has it."""
     tokenizer: Annotated[str | None, tyro.conf.arg(aliases=["--tokenizer.name"])] = None
     """Which wrote the ids: gpt2, bytes, chars, or a folder with a saved one. None: the one beside them, else gpt2."""
     tokenizer_files: Annotated[str | None, tyro.conf.arg(aliases=["--tokenizer.files"])] = (
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
             args.to,
             user_path(args.out),
             tokenizer=tokenizer,
-            eot=args.eot,
-            source_eot=args.source_eot,
+            eot=_known(args.eot),
+            source_eot=_known(args.source_eot),
             progress=lambda done, _: bar.update(done),
         )
     if args.to in ("nanogpt", "llmc") and made.eot == "none":
@@ -75,6 +76,10 @@ def main(argv: list[str]) -> int:
     lines.append(f"next:      regpt inspect {args.out}")
     out.result({"out": args.out, "format": args.to} | dataclasses.asdict(made), "\n".join(lines))
     return 0
+
+
+def _known(eot: Literal["auto", "append", "prepend", "none"]) -> Eot | None:
+    return None if eot == "auto" else eot
 
 
 def _opened(args: Args) -> tuple[TokenSet, Tokenizer | None]:
@@ -91,7 +96,7 @@ def _opened(args: Args) -> tuple[TokenSet, Tokenizer | None]:
     from regpt.data.shards import TokenizerFacts
 
     if args.eot_id is None and args.vocab_size is None:
-        return open_tokens(args.source, args.tokenizer, args.tokenizer_files, eot=args.source_eot)
+        return open_tokens(args.source, args.tokenizer, args.tokenizer_files, eot=_known(args.source_eot))
     eot_id, size, found = args.eot_id, args.vocab_size, recognise(args.source)
     if eot_id is None or size is None or not 0 <= eot_id < size <= 1 << 31 or found is None:
         raise ConfigError(
@@ -100,4 +105,4 @@ def _opened(args: Args) -> tuple[TokenSet, Tokenizer | None]:
             expected="0 <= eot id < vocabulary size",
         )
     facts = TokenizerFacts("unknown", f"{eot_id} of {size}", size, eot_id)
-    return open_foreign(found, facts, lambda: np.zeros(size, np.int64), eot=args.source_eot), None
+    return open_foreign(found, facts, lambda: np.zeros(size, np.int64), eot=_known(args.source_eot)), None

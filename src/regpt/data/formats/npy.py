@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,10 @@ class Npy(Format):
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = read(file)
-            except (ValueError, EOFError, SyntaxError) as e:
+            except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
                 raise DataError(f"{path} has a damaged header, at byte {len(MAGIC)}: {e}") from None
             offset = file.tell()
-        if len(shape) != 1 or dtype.str not in TYPES:
+        if len(shape) != 1 or shape[0] < 0 or dtype.str not in TYPES:
             raise DataError(
                 f"{path} is not one row of token ids, says its header at byte {len(MAGIC) + 4}.",
                 got=f"{dtype.str} of shape {shape}",
