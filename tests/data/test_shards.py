@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from regpt.data import shards as module
+from regpt.data import split as module
 from regpt.data.shards import Shards, dtype_for
 from regpt.errors import DataError
 

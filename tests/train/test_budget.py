@@ -19,7 +19,7 @@ from rank_child import said
 from rank_child import train as train_ranks
 
 from regpt.config import Config, EvalConfig, OptimConfig, SampleConfig, SaveConfig
-from regpt.data.shards import TokenSplit
+from regpt.data.split import TokenSplit
 from regpt.errors import ConfigError, Interrupted
 from regpt.infer.engine import Piece
 from regpt.optim.schedule import learning_rate

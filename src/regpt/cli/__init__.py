@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "generate text from a run",
     "prepare": "turn text into token shards",
     "merge": "join slices that many machines prepared",
+    "convert": "token files of other programs into one another, and into or out of our shards",
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
     "bench": "how fast this machine trains: time, arithmetic and memory of a step, and where they go",
     "inspect": "what a shard directory, checkpoint or run holds, verified",

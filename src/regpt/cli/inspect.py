@@ -1,4 +1,4 @@
-"""What a shard directory, a run or a checkpoint holds, and whether every byte is as it was written."""
+"""What a shard directory, token files, a run or a checkpoint hold, and whether every byte is as it was written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from regpt.config import Config
     from regpt.data.shards import Shards
+    from regpt.data.split import TokenSplit
+    from regpt.tokenizers import Tokenizer
 
 SAMPLE_CHARS = 400
 
@@ -29,31 +31,39 @@ class Args(CommonArgs):
     """Arguments of `regpt inspect PATH`."""
 
     path: tyro.conf.Positional[str]
-    """A shard directory, a run directory, or one of its checkpoints."""
+    """A shard directory, token files of another program, a run directory, or one of its checkpoints."""
     documents: int = 2
     """Of shards: how many documents to show, from the first on."""
     split: Literal["train", "val"] = "train"
     """Of shards: which documents to show."""
     verify: bool = True
     """Whether to read every file whole and compare it with its checksum, or to look at sizes only."""
+    tokenizer: str | None = None
+    """Of token files: which tokenizer wrote them. None: the one that lies beside them, else gpt2."""
+    tokenizer_files: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
 
 
 def main(argv: list[str]) -> int:
     """`regpt inspect`."""
     args = parse(Args, argv, prog="regpt inspect", description=__doc__ or "")
+    from regpt.data.formats import recognise
+
     path = user_path(args.path)
-    if not path.exists():
+    if not path.exists() and recognise(args.path) is None:
         raise DataError(f"there is nothing at {path}.")
     if (path / "run.json").exists():
         return 0 if inspect_run(path, args) else 2
     elif (path / "state.json").exists() or path.name.startswith("step-"):
         inspect_checkpoint(path, args)
+    elif not (path / "manifest.json").exists() and recognise(args.path):
+        inspect_tokens(args)
     elif (path / "manifest.json").exists() or not path.is_dir():
         inspect_shards(path, args)
     else:
         raise DataError(
             f"{path} is neither a shard directory, a run nor a checkpoint.",
-            expected="a folder with manifest.json, run.json or state.json",
+            expected="a folder with manifest.json, run.json or state.json, or with token files",
         )
     return 0
 
@@ -181,19 +191,12 @@ def inspect_shards(path: Path, args: Args) -> None:
             got=tokenizer.fingerprint,
             expected=facts.tokenizer.fingerprint,
         )
-    samples = []
-    ends = split.document_ends[: max(args.documents, 0)].tolist()
-    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        ids = split.read(start, min(end - start - 1, SAMPLE_CHARS)).tolist()  # the last id ends the document
-        samples.append(
-            {"document": number, "tokens": end - start, "text": tokenizer.decode(ids)[:SAMPLE_CHARS]}
-        )
+    samples = first_documents(split, tokenizer, args.documents)
     lengths = count_lengths(split.document_ends)
     lines = describe_shards(shards)
     lines += [f"lengths    {args.split}: " + ", ".join(f"{n:,} under {k:,}" for k, n in lengths.items() if n)]
     lines += [f"checked    {'every byte is as it was written' if args.verify else 'sizes only'}"]
-    for s in samples:
-        lines += [f"--- {args.split} document {s['document']}, {s['tokens']:,} tokens", str(s["text"])]
+    lines += shown(samples, args.split)
     values: dict[str, Any] = {
         "kind": "shards",
         "path": str(path),
@@ -203,6 +206,76 @@ def inspect_shards(path: Path, args: Args) -> None:
         "samples": samples,
     }
     out.result(values, "\n".join(lines))
+
+
+def inspect_tokens(args: Args) -> None:
+    """Everything about token files of another program.
+
+    Raises:
+        DataError: naming the file and the byte where something is wrong.
+    """
+    from regpt.data.corpus import open_tokens
+    from regpt.data.foreign import ForeignSet
+
+    out = Output(args)
+    tokens, tokenizer = open_tokens(args.path, args.tokenizer, args.tokenizer_files)
+    assert isinstance(tokens, ForeignSet)
+    if args.verify:
+        with out.progress("verifying", tokens.stored_bytes, "bytes") as bar:
+            done = 0
+            for read in tokens.verified():
+                bar.update(done := done + read)
+    lines = [
+        f"tokens     {tokens.path}: {tokens.format} files",
+        f"tokenizer  {tokenizer.kind}, {tokenizer.vocab_size:,} ids; <|endoftext|> has id {tokenizer.eot_id:,}",
+    ]
+    splits = {}
+    for name, files in tokens.files.items():
+        split = tokens.split(name)
+        splits[name] = {"tokens": split.n_tokens, "documents": split.n_documents, "files": len(files)}
+        lines.append(
+            f"{name:<10} {split.n_tokens:,} tokens in {split.n_documents:,} documents, {len(files)} files of "
+            f"{files[0].ids.dtype.name}"
+        )
+    where = "by their index" if tokens.has_index else f"where <|endoftext|> says so ({tokens.eot})"
+    checked = "every id lies in the vocabulary" if args.verify else "headers, indices and some ids"
+    split = tokens.split(args.split)
+    samples = first_documents(split, tokenizer, args.documents)
+    lengths = count_lengths(split.document_ends)
+    lines += [f"documents  end {where}"]
+    lines += [f"lengths    {args.split}: " + ", ".join(f"{n:,} under {k:,}" for k, n in lengths.items() if n)]
+    lines += [f"checked    {checked}", *shown(samples, args.split)]
+    values = {
+        "kind": "tokens",
+        "path": str(tokens.path),
+        "format": tokens.format,
+        "verified": args.verify,
+        "splits": splits,
+        "lengths": lengths,
+        "samples": samples,
+    }
+    out.result(values, "\n".join(lines))
+
+
+def first_documents(split: TokenSplit, tokenizer: Tokenizer, n: int) -> list[dict[str, Any]]:
+    """The beginnings of the first `n` documents, without `<|endoftext|>` at their ends."""
+    samples = []
+    ends = split.document_ends[: max(n, 0)].tolist()
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        ids = split.read(start, min(end - start, SAMPLE_CHARS)).tolist()
+        while ids and ids[-1] == tokenizer.eot_id:
+            ids.pop()
+        text = tokenizer.decode(ids[ids[:1] == [tokenizer.eot_id] :])[:SAMPLE_CHARS]
+        samples.append({"document": number, "tokens": end - start, "text": text})
+    return samples
+
+
+def shown(samples: list[dict[str, Any]], split: str) -> list[str]:
+    """Those documents for a person."""
+    lines = []
+    for s in samples:
+        lines += [f"--- {split} document {s['document']}, {s['tokens']:,} tokens", str(s["text"])]
+    return lines
 
 
 def describe_shards(shards: Shards) -> list[str]:

@@ -16,7 +16,7 @@ from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
 from regpt.config import Config, differences, load_preset
 
 if TYPE_CHECKING:
-    from regpt.data.shards import Shards
+    from regpt.data.split import TokenSet
     from regpt.train.machine import Machine
     from regpt.train.plan import Plan
     from regpt.train.sizing import Budget, Proposal
@@ -155,18 +155,18 @@ def _lines(arch: str, p: Proposal) -> list[str]:
     return lines
 
 
-def describe(config: Config, plan: Plan, machine: Machine, shards: Shards | None) -> str:
+def describe(config: Config, plan: Plan, machine: Machine, shards: TokenSet | None) -> str:
     """The plan in a few lines for a person."""
     m = config.model
     lines = []
     if shards is not None:
-        data, train = shards.manifest, shards.split("train")
+        train = shards.split("train")
         val = (
             f" + {shards.split('val').n_tokens:,} validation" if "val" in shards.splits else ", no validation"
         )
         lines.append(
-            f"data      {data.source.name}: {train.n_tokens:,} training{val} tokens, "
-            f"{data.tokenizer.kind} of {plan.vocab_size:,}"
+            f"data      {shards.name}: {train.n_tokens:,} training{val} tokens, "
+            f"{shards.tokenizer.kind} of {plan.vocab_size:,}"
         )
     ranks = f" on {plan.world} ranks ({plan.strategy}, {plan.reduction} reduction)" if plan.world > 1 else ""
     accumulation = f" in {plan.n_micro} micro-batches of {plan.micro_rows}" if plan.n_micro > 1 else ""

@@ -1,4 +1,7 @@
-"""The text that a run asks for, as a tokenizer and its shards: prepared on first use, found again afterwards."""
+"""The text that a run asks for, as a tokenizer and its tokens: prepared on first use, found again afterwards.
+
+Token files of other programs (`regpt.data.formats`) are trained on where they lie.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,21 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from regpt.config import Config, TokenizerConfig
+from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, facts_of, open_foreign
+from regpt.data.formats import Found, recognise
+from regpt.data.formats.base import Eot
 from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.request import Selection
-from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards
+from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards, TokenizerFacts
 from regpt.data.sources import Source, is_remote, open_source
+from regpt.data.split import Ids, TokenSet, mapped
 from regpt.errors import ConfigError, DataError
 from regpt.paths import user_path
 from regpt.tokenizers import KINDS, SIZES, Tokenizer, check_entries, load_tokenizer, open_tokenizer
@@ -23,6 +33,7 @@ Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
 TRAINED = ("chars", "bpe")
 """Tokenizers that are made from the text itself."""
+CHECKED_CHARACTERS = 1 << 16  # of a text beside nanoGPT's files
 GUESSED_CHARACTERS = 96  # printable ASCII and the line end: what a plan assumes before the text was seen
 
 
@@ -32,8 +43,8 @@ def corpus(
     *,
     kept_tokenizer: Path | None = None,
     verify: bool = True,
-) -> tuple[Tokenizer, Shards]:
-    """The tokenizer and shards of `config`, prepared now if they are not there yet.
+) -> tuple[Tokenizer, TokenSet]:
+    """The tokenizer and tokens of `config`, prepared now if they are not there yet.
 
     Args:
         listen: hears ("info", 0, {"text"}) and ("progress", 0, {"description", "done", "total", "unit"}).
@@ -55,6 +66,8 @@ def corpus(
         raise DataError(
             f"{folder / MANIFEST} is missing.", hint="prepare the shards again, or copy the whole folder"
         )
+    if found := recognise(config.data.source):
+        return verified(_in_place(found, config, kept_tokenizer, listen), listen)
     source, val_source = _sources(config)
     folder = data_folder(config, source, val_source)
     if (folder / MANIFEST).exists():
@@ -89,13 +102,133 @@ def corpus(
     return _prepared(folder, config)
 
 
-def _verified(found: tuple[Tokenizer, Shards], listen: Listener) -> tuple[Tokenizer, Shards]:
-    """The same, every byte of the shards compared with its checksum: a bit that flipped would be learned."""
-    done, total = 0, sum(f.bytes for f in found[1].manifest.files)
-    for file in found[1].verify():
-        done += file.bytes
+def _verified(found: tuple[Tokenizer, TokenSet], listen: Listener) -> tuple[Tokenizer, TokenSet]:
+    """The same, every byte compared with its checksum, or every id with the vocabulary: what is wrong would be learned."""
+    done, total = 0, found[1].stored_bytes
+    for read in found[1].verified():
+        done += read
         listen("progress", 0, {"description": "verifying", "done": done, "total": total, "unit": "bytes"})
     return found
+
+
+# --- token files of other programs ------------------------------------------------------------------------------------
+
+
+def _in_place(
+    found: Found, config: Config, kept: Path | None, listen: Listener
+) -> tuple[Tokenizer, ForeignSet]:
+    """Token files where they lie, with the tokenizer that the run names: most formats do not say which one it was."""
+    tokenizer = tokenizer_of_files(found, config.tokenizer, kept)
+    made = _foreign(found, config, facts_of(tokenizer), partial(byte_lengths_of, tokenizer))
+    if "val" in made.splits and made.split("val").n_tokens < 2:
+        raise DataError(f"{made.held_out}: one token is too little to validate on.")
+    tokens = ", ".join(f"{made.split(name).n_tokens:,} {name}" for name in made.splits)
+    text = f"training on {made.format} files in {found.folder} as they are: {tokens} tokens; validation: {made.held_out}"
+    listen("info", 0, {"text": text})
+    return tokenizer, made
+
+
+def _foreign(
+    found: Found, config: Config, tokenizer: TokenizerFacts, byte_lengths: Callable[[], Ids]
+) -> ForeignSet:
+    d, val = config.data, None
+    if d.val_source is not None:
+        val = recognise(d.val_source)
+        if val is None:
+            raise ConfigError(
+                f"data.source holds tokens, data.val_source={d.val_source} does not.",
+                hint="a file or folder of tokens for both, or text for both",
+            )
+    fraction = d.val_fraction
+    return open_foreign(
+        found, tokenizer, byte_lengths, val=val, val_fraction=fraction, asked=config.tokenizer.name
+    )
+
+
+def open_tokens(
+    source: str, tokenizer: str | None = None, files: str | None = None, *, eot: Eot | None = None
+) -> tuple[TokenSet, Tokenizer]:
+    """The tokens at `source`, our own shards or another program's files, with nothing split off; and their tokenizer.
+
+    Args:
+        tokenizer: its name; None: the one that lies beside the tokens, else gpt2.
+        files: GPT-2's own, for use offline.
+        eot: where `<|endoftext|>` stands, if not where the source's program has it.
+
+    Raises:
+        DataError: there are no tokens at `source`.
+    """
+    folder = user_path(source)
+    if (folder / MANIFEST).exists():
+        return Shards.open(folder), load_tokenizer(folder / TOKENIZER)
+    found = recognise(source)
+    if found is None:
+        raise DataError(
+            f"{source} holds no token files.",
+            expected=".bin of nanoGPT or llm.c, .bin with .idx, .ds, .npy, or shards of regpt's",
+            hint=f"regpt prepare {source} --out DIR, if it is text",
+        )
+    beside = found.folder / TOKENIZER
+    if tokenizer is None and beside.is_dir():
+        opened = load_tokenizer(beside)
+    else:
+        asked = TokenizerConfig(name=tokenizer or TokenizerConfig.name, files=files)
+        opened = tokenizer_of_files(found, asked)
+    sizes = partial(byte_lengths_of, opened)
+    return open_foreign(found, facts_of(opened), sizes, asked=opened.kind, eot=eot), opened
+
+
+def tokenizer_of_files(found: Found, asked: TokenizerConfig, kept: Path | None = None) -> Tokenizer:
+    """The tokenizer that `asked` names for token files: the one beside them, where `convert` left one; chars also from
+    nanoGPT's input.txt.
+
+    Raises:
+        ConfigError: there is nothing that a chars or bpe tokenizer could be made from.
+        DataError: the input.txt beside the files is not the text that they were made from.
+    """
+    beside = next((f for f in (found.folder / TOKENIZER, kept) if f is not None and f.is_dir()), None)
+    if beside is not None:
+        tokenizer = load_tokenizer(beside)
+        wanted = asked.name if asked.name in KINDS else open_tokenizer(asked.name).fingerprint
+        if wanted != (tokenizer.kind if asked.name in KINDS else tokenizer.fingerprint):
+            raise DataError(
+                f"{beside} is the {tokenizer.kind} tokenizer of these tokens, this run asks for {asked.name}.",
+                hint=f"--tokenizer.name {beside}",
+            )
+        return tokenizer
+    if asked.name not in TRAINED:
+        return open_tokenizer(asked.name, files=asked.files)
+    text = found.folder / "input.txt"
+    if asked.name == "chars" and text.is_file():
+        return _chars_of(text, found)
+    has_pickle = " (nanoGPT's meta.pkl is never read: a pickle can run any program)"
+    raise ConfigError(
+        f"{found.path} holds tokens, and nothing there says which {asked.name} tokenizer wrote them"
+        f"{has_pickle if (found.folder / 'meta.pkl').exists() else ''}.",
+        hint="put the text that they were made from beside them as input.txt, with --tokenizer.name chars"
+        if asked.name == "chars"
+        else "--tokenizer.name gpt2, or a folder with the tokenizer",
+    )
+
+
+def _chars_of(text: Path, found: Found) -> Tokenizer:
+    """nanoGPT's characters: the sorted distinct ones of input.txt; its beginning must give the tokens' beginning."""
+    from regpt.tokenizers.chars import train_chars
+
+    content = text.read_text(encoding="utf-8")  # line ends as Python reads them, like nanoGPT
+    tokenizer = train_chars([content])
+    first = found.format.open_file(found.of_split("train")[0], tokenizer.vocab_size).ids
+    check_ids(first, 0, facts_of(tokenizer))
+    n = min(first.tokens, len(content), CHECKED_CHARACTERS)
+    if tokenizer.encode(content[:n]) != mapped(first)[:n].tolist():
+        raise DataError(
+            f"{text} is not the text that {first.path} was made from: their beginnings differ.",
+            hint="--tokenizer.name with a folder that holds the right tokenizer",
+        )
+    return tokenizer
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _sources(config: Config) -> tuple[Source, Source | None]:
@@ -109,6 +242,10 @@ def text_identity(config: Config) -> dict[str, Any]:
     folder = user_path(config.data.source)
     if (folder / MANIFEST).exists():
         return {"shards": Shards.open(folder).manifest.fingerprint}
+    if recognise(config.data.source) is not None:
+        found = _found(config)
+        assert found is not None
+        return {"tokens": found.fingerprint}
     return _asked(config, *_sources(config))
 
 
@@ -173,8 +310,8 @@ def tokenizer_for(
     return train_bpe(texts, asked.vocab_size, progress=progress)
 
 
-def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
-    """The vocabulary size, whether it is sure, and the shards where they are prepared already.
+def known_corpus(config: Config) -> tuple[int, bool, TokenSet | None]:
+    """The vocabulary size, whether it is sure, and the tokens where they are there already.
 
     Touches and downloads nothing. What the text has to say (how many characters) is guessed until it is prepared.
     """
@@ -184,24 +321,36 @@ def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
         check_entries(config.tokenizer.vocab_size)
     shards = _found(config)
     if shards is not None:
-        return shards.manifest.tokenizer.vocab_size, True, shards
+        return shards.tokenizer.vocab_size, True, shards
     if name in sizes:
         return sizes[name], name != "chars", None
     return open_tokenizer(name, files=config.tokenizer.files).vocab_size, True, None
 
 
-def _found(config: Config) -> Shards | None:
-    """The shards of `config` if they lie here."""
+def _found(config: Config) -> TokenSet | None:
+    """The tokens of `config` if they lie here."""
     folder = user_path(config.data.source)
     if not config.data.source or is_remote(config.data.source):
         return None
     if (folder / MANIFEST).exists():
         return _prepared(folder, config)[1]
+    if files := recognise(config.data.source):
+        return _foreign(files, config, *_facts_at_once(files, config))
     try:
         folder = data_folder(config, *_sources(config))
     except DataError:
         return None  # the text is not on this machine; a plan does not need it
     return _prepared(folder, config)[1] if (folder / MANIFEST).exists() else None
+
+
+def _facts_at_once(found: Found, config: Config) -> tuple[TokenizerFacts, Callable[[], Ids]]:
+    """What is known of the tokenizer of token files without a download."""
+    name = config.tokenizer.name
+    if name == "gpt2" and config.tokenizer.files is None:
+        size = SIZES[name]
+        return TokenizerFacts(name, "", size, size - 1), lambda: np.zeros(size, np.int64)
+    tokenizer = tokenizer_of_files(found, config.tokenizer)
+    return facts_of(tokenizer), partial(byte_lengths_of, tokenizer)
 
 
 def _prepared(

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regpt.data.shards import Ids, TokenSplit
+from regpt.data.split import Ids, TokenSplit
 from regpt.errors import ConfigError
 from regpt.models import IGNORE
 from regpt.train.batches import Batches

@@ -17,7 +17,8 @@ from regpt.data.duplicates import Seen
 from regpt.data.journal import SEEN, SHARDS, clear
 from regpt.data.prepare import check_disk, finished, partial_folder, publish, require_text
 from regpt.data.request import Slice
-from regpt.data.shards import TOKENIZER, Ids, Manifest, Shards
+from regpt.data.shards import TOKENIZER, Manifest, Shards
+from regpt.data.split import Ids
 from regpt.data.stored import Files, StoredIds, document_lengths, shard_files
 from regpt.data.writer import SplitWriter
 from regpt.errors import DataError

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import mmap
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from regpt.data.split import Ids, IdsFile, TokenSplit
 from regpt.errors import DataError
 from regpt.train.durable import sealed, unsealed
 
@@ -32,10 +30,7 @@ TOKENIZER = "tokenizer"
 FIRST_SHARD = "train-00000.bin"
 FORMAT = "regpt-shards-1"
 SPLITS = ("train", "val")
-OPEN_FILES = 256  # mapped at once by one split; a process may commonly have 1,024 files open
 BLOCK_BYTES = 4 << 20
-
-Ids = NDArray[np.int64]
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -248,7 +243,39 @@ class Shards:
                 got=", ".join(self.splits),
                 hint="prepare it with --val-fraction or --val-source",
             )
-        return TokenSplit(self, name)
+        facts = self.splits[name]
+        of_split = [f for f in self.manifest.files if f.split == name]
+        files = [IdsFile(self.path / f.name, 0, f.tokens, self._dtype) for f in of_split]
+        return TokenSplit(
+            name,
+            files,
+            document_ends=partial(self._document_ends, of_split),
+            source_bytes=partial(int, facts.source_bytes),
+        )
+
+    @property
+    def name(self) -> str:
+        """What the text is called."""
+        return self.manifest.source.name
+
+    @property
+    def tokenizer(self) -> TokenizerFacts:
+        """Which tokenizer wrote the ids."""
+        return self.manifest.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex; equal where tokenizer and ids are equal."""
+        return self.manifest.fingerprint
+
+    @property
+    def stored_bytes(self) -> int:
+        """What `verified` reads, but for the indices."""
+        return sum(f.bytes for f in self.manifest.files)
+
+    def verified(self) -> Iterator[int]:
+        """`verify`; yields how many bytes each file had."""
+        return (f.bytes for f in self.verify())
 
     def verify(self) -> Iterator[ShardFile]:
         """Read every file whole; yields each one that is as it was written.
@@ -288,79 +315,14 @@ class Shards:
                 hint="prepare the shards again, or copy the file again",
             )
 
-    @property
-    def _dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.manifest.dtype).newbyteorder("<")
-
-
-class TokenSplit:
-    """The ids of one split as one long row, its files joined."""
-
-    def __init__(self, shards: Shards, name: str) -> None:
-        facts = shards.splits[name]
-        self.name = name
-        self.n_tokens, self.n_documents, self.source_bytes = facts.tokens, facts.documents, facts.source_bytes
-        self._folder, self._dtype = shards.path, shards._dtype
-        self._files = [f for f in shards.manifest.files if f.split == name and f.tokens]
-        self._starts = np.cumsum([0] + [f.tokens for f in self._files])
-        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
-
-    def read(self, start: int, n: int) -> Ids:
-        """Ids [start, start + n), which must lie within the split. (n,) int64."""
-        if not 0 <= start <= start + n <= self.n_tokens:
-            raise IndexError(
-                f"[{start}, {start + n}) is not within the {self.n_tokens} ids of split {self.name!r}"
-            )
-        out = np.empty(n, dtype=np.int64)
-        self._fill(out, start)
-        return out
-
-    def gather(self, starts: Ids, length: int) -> Ids:
-        """Windows of `length` ids from `starts` (R,) on, around the split's end. (R, length) int64."""
-        return self.rows(starts, length).astype(np.int64)
-
-    def rows(self, starts: Ids, length: int) -> NDArray[Any]:
-        """What `gather` gives, in the type of the files. (R, length)."""
-        out = np.empty((len(starts), length), dtype=self._dtype)
-        places = np.searchsorted(self._starts, starts, side="right") - 1
-        ats = starts - self._starts[places]
-        for row, start, place, at in zip(out, starts.tolist(), places.tolist(), ats.tolist(), strict=True):
-            ids = self._map(place)
-            if at + length <= len(ids):
-                row[:] = ids[at : at + length]
-            else:
-                self._fill(row, start)
-        return out
-
-    @cached_property
-    def document_ends(self) -> Ids:
-        """Where documents end in the split, ascending; the last is n_tokens. (n_documents,) int64."""
+    def _document_ends(self, files: list[ShardFile]) -> Ids:
+        starts = np.cumsum([0] + [f.tokens for f in files])
         ends = [
-            np.fromfile(self._folder / f.index_name, dtype="<u8").astype(np.int64) + start
-            for f, start in zip(self._files, self._starts, strict=False)
+            np.fromfile(self.path / f.index_name, dtype="<u8").astype(np.int64) + start
+            for f, start in zip(files, starts, strict=False)
         ]
         return np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
 
-    def _fill(self, out: NDArray[Any], start: int) -> None:
-        """`out` from `start` on, around the end of the split as often as need be."""
-        done = 0
-        while done < len(out):
-            at = (start + done) % self.n_tokens
-            place = int(np.searchsorted(self._starts, at, side="right")) - 1
-            ids = self._map(place)[at - int(self._starts[place]) :][: len(out) - done]
-            out[done : done + len(ids)] = ids
-            done += len(ids)
-
-    def _map(self, place: int) -> NDArray[Any]:
-        ids = self._open.get(place)
-        if ids is None:
-            path = self._folder / self._files[place].name
-            try:
-                with open(path, "rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as e:
-                raise DataError(f"{path} cannot be read: {e}") from None
-            ids = self._open[place] = np.frombuffer(mapped, self._dtype)
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return ids
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.manifest.dtype).newbyteorder("<")

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from regpt.data.shards import Ids
+from regpt.data.split import Ids
 from regpt.data.stored import Files, StoredIds, document_lengths
 from regpt.data.writer import SplitWriter
 

@@ -8,7 +8,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from regpt.data.shards import Ids, ShardFile
+from regpt.data.shards import ShardFile
+from regpt.data.split import Ids
 from regpt.errors import DataError
 
 BLOCK_BYTES = 1 << 20

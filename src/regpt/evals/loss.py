@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from regpt.data.loader import eval_batches
-from regpt.data.shards import TokenSplit
+from regpt.data.split import TokenSplit
 from regpt.models import LanguageModel
 from regpt.train.dist import Ranks
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from regpt.config import Config
 from regpt.data.corpus import Listener, known_corpus
 from regpt.data.loader import Loader
-from regpt.data.shards import Ids, TokenSplit
+from regpt.data.split import Ids, TokenSplit
 from regpt.errors import ConfigError, UsageError
 from regpt.tokenizers.bytes import ByteTokenizer
 from regpt.train.allocator import keep_memory

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from regpt.config import Config, OptimConfig
 from regpt.data.corpus import Listener
 from regpt.data.loader import Loader, eval_batches
-from regpt.data.shards import TokenSplit
+from regpt.data.split import TokenSplit
 from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
 from regpt.infer.engine import Piece, collect, generate

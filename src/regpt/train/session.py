@@ -18,7 +18,7 @@ import torch
 from regpt.config import Config, build, differences, to_dict
 from regpt.data.corpus import Listener, corpus, text_identity
 from regpt.data.loader import Loader
-from regpt.data.shards import Shards
+from regpt.data.split import TokenSet
 from regpt.errors import (
     CheckpointError,
     ConfigError,
@@ -152,7 +152,7 @@ def _train(
         return _result(trainer, run)
 
 
-def _plan(config: Config, machine: Machine, vocab_size: int, shards: Shards, ranks: Ranks) -> Plan:
+def _plan(config: Config, machine: Machine, vocab_size: int, shards: TokenSet, ranks: Ranks) -> Plan:
     """The plan on the text as it is, the same on all ranks, of a model that fits."""
     train_tokens = shards.split("train").n_tokens
     plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens, world=ranks.world)
@@ -262,7 +262,7 @@ def _trainer(
     plan: Plan,
     machine: Machine,
     tokenizer: Tokenizer,
-    shards: Shards,
+    shards: TokenSet,
     loader: Loader,
     run: RunDirectory,
     listen: Listener,
@@ -317,13 +317,13 @@ def _trainer(
     return trainer
 
 
-def _facts(config: Config, tokenizer: Tokenizer, shards: Shards) -> dict[str, Any]:
+def _facts(config: Config, tokenizer: Tokenizer, shards: TokenSet) -> dict[str, Any]:
     """What a checkpoint needs to be loaded without the run's settings."""
     return {
         "model_config": to_dict(config.model),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "data_fingerprint": shards.manifest.fingerprint,
+        "data_fingerprint": shards.fingerprint,
     }
 
 

@@ -1,0 +1,585 @@
+"""Token files of other programs: any into any without a change, the programs' own readers agree, damage is named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from regpt.data import convert as module
+from regpt.data.convert import TARGETS, convert
+from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
+from regpt.data.formats import recognise
+from regpt.data.formats.base import Eot
+from regpt.data.shards import Shards, TokenizerFacts
+from regpt.errors import ConfigError, DataError
+from regpt.tokenizers.bytes import ByteTokenizer
+
+LAX = settings(
+    derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)  # fmt: skip
+SOURCES = ("nanogpt", "llmc", "megatron", "datatrove", "npy")
+FOREIGN = SOURCES[:4]
+BYTES = ByteTokenizer()
+
+
+def opened(folder: Path | str, vocab: int = 257, **more: object) -> ForeignSet:
+    found = recognise(str(folder))
+    assert found is not None
+    facts = facts_of(BYTES) if vocab == 257 else TokenizerFacts("unknown", str(vocab), vocab, vocab - 1)
+    return open_foreign(found, facts, partial(byte_lengths_of, BYTES), **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def unsynced(monkeypatch) -> None:
+    """Thousands of small files need not survive a power loss."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@st.composite
+def collections(draw: st.DrawFn) -> tuple[int, dict[str, published.Documents]]:
+    """A vocabulary and documents, empty ones and an empty validation split among them."""
+    vocab = draw(st.sampled_from([257, 50257, 65536, 65537, 200_000]))
+    ids = st.one_of(st.integers(0, vocab - 2), st.sampled_from([0, 255, vocab - 2, min(vocab - 2, 65535)]))
+    documents = st.lists(st.lists(ids, max_size=12), max_size=6)
+    return vocab, {"train": draw(documents.filter(len)), "val": draw(documents)}
+
+
+def round_trip(tmp: Path, source: str, target: str, files: int, block: int, made: object) -> None:
+    vocab, splits = made
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    for split, documents in splits.items():
+        published.write(source, tmp, split, documents, vocab, files)
+    tokenizer = BYTES if vocab == 257 else None
+    target = target if tokenizer or target != "regpt" else "megatron"
+    tokens = opened(tmp, vocab)
+    list(tokens.verified())
+    assert [tokens.split(n).n_documents for n in tokens.splits] == [len(d) for d in splits.values() if d]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        convert(tokens, target, tmp / "there", tokenizer=tokenizer)
+        if target == "regpt":
+            there = Shards.open(tmp / "there")
+            list(there.verified())
+            for name in there.splits:
+                n = sum(len(d) for d in splits[name])
+                assert there.splits[name].source_bytes == n and there.splits[name].documents == len(
+                    splits[name]
+                )
+        else:
+            there = opened(tmp / "there", vocab)
+            found = {n: published.read(target, tmp / "there", n, vocab) for n in splits}
+            assert found == splits
+        back = source if source != "npy" else "llmc"
+        convert(there, back, tmp / "back", tokenizer=tokenizer)
+    assert {n: published.read(back, tmp / "back", n, vocab) for n in splits} == splits
+    if source == "nanogpt":
+        assert (tmp / "train.bin").read_bytes() == (tmp / "back/train.bin").read_bytes()
+
+
+@settings(LAX, max_examples=300)
+@given(
+    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    block=st.integers(1, 9), made=collections(),
+)  # fmt: skip
+def test_any_format_into_any(tmp_path, unsynced, source, target, files, block, made) -> None:
+    """Written from the published layout, converted, read by the published layout, converted back: the same documents."""
+    round_trip(tmp_path / "case", source, target, files, block, made)
+
+
+@pytest.mark.slow
+@settings(LAX, max_examples=5000)
+@given(
+    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    block=st.integers(1, 9), made=collections(),
+)  # fmt: skip
+def test_any_format_into_any_5000_times(tmp_path, unsynced, source, target, files, block, made) -> None:
+    round_trip(tmp_path / "case", source, target, files, block, made)
+
+
+# --- the programs' own code -------------------------------------------------------------------------------------------
+
+DOCUMENTS = [[72, 105], [], [1], [255, 0, 3] * 50]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_megatrons_own_reader_and_builder(tmp_path) -> None:
+    """Megatron reads what we write as we do, and we read what its builder writes, several sequences a document too."""
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
+    import torch
+
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    convert(opened(tmp_path / "nano"), "megatron", tmp_path / "out", tokenizer=BYTES)
+    theirs = indexed.IndexedDataset(str(tmp_path / "out/train_text_document"))
+    assert [theirs[i].tolist() for i in range(len(theirs))] == [[*d, 256] for d in DOCUMENTS]
+    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4] and theirs.index.dtype == np.uint16
+
+    (tmp_path / "built").mkdir()
+    for dtype in (np.uint16, np.int32):
+        builder = indexed.IndexedDatasetBuilder(str(tmp_path / "built/x_train.bin"), dtype=dtype)
+        builder.add_item(torch.tensor([1, 2, 256]))
+        builder.add_item(torch.tensor([3, 256]))
+        builder.end_document()
+        builder.add_document(torch.tensor([4, 5, 6, 256]), [2, 2])
+        builder.finalize(str(tmp_path / "built/x_train.idx"))
+        split = opened(tmp_path / "built").split("train")
+        assert split.read(0, 9).tolist() == [1, 2, 256, 3, 256, 4, 5, 6, 256]
+        assert split.document_ends.tolist() == [5, 9]
+
+
+def test_datatroves_own_reader_and_writer(tmp_path) -> None:
+    """The same of datatrove."""
+    dataset = pytest.importorskip("datatrove.utils.dataset", exc_type=ImportError)
+    writing = pytest.importorskip("datatrove.pipeline.tokens.tokenizer", exc_type=ImportError)
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    convert(opened(tmp_path / "nano"), "datatrove", tmp_path / "out", tokenizer=BYTES)
+    theirs = dataset.DatatroveFileDataset(str(tmp_path / "out/train_00000.ds"), seq_len=4)
+    ids = [i for n in range(len(theirs)) for i in theirs[n]["input_ids"].tolist()]
+    every = published.flat([[*d, 256] for d in DOCUMENTS])
+    assert ids == every[: len(every) // 5 * 5]
+
+    for size, vocab in ((2, 257), (4, 70_000)):
+        folder = tmp_path / f"written-{size}"
+        file = writing.TokenizedFile(
+            str(folder), "00000_unshuffled.ds", tokenizer_name_or_path="some/model", save_final_metadata=True, token_size=size
+        )  # fmt: skip
+        for document in DOCUMENTS:
+            file.write([*document, 256], None)
+        file.close()
+        split = opened(folder, vocab).split("train")
+        assert split.read(0, split.n_tokens).tolist() == every
+        assert split.document_ends.tolist() == np.cumsum([len(d) + 1 for d in DOCUMENTS]).tolist()
+    with pytest.raises(DataError, match="written with the tokenizer some/model, this run asks for bytes"):
+        opened(tmp_path / "written-2", asked="bytes")
+
+
+# --- where <|endoftext|> stands ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom", ["append", "prepend", "none"])
+@pytest.mark.parametrize("target", ["megatron", "datatrove"])
+def test_an_index_shows_the_custom(tmp_path, custom, target) -> None:
+    """Written with each custom, found again from the index; documents that vanish without end-of-text are left out."""
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    convert(opened(tmp_path / "nano"), target, tmp_path / "out", tokenizer=BYTES, eot=custom)
+    made = convert(opened(tmp_path / "out"), "nanogpt", tmp_path / "back", tokenizer=BYTES)
+    assert made.source_eot == custom and made.eot == "append"
+    expected = DOCUMENTS if custom != "none" else [d for d in DOCUMENTS if d]
+    assert published.read("nanogpt", tmp_path / "back", "train", 257) == expected
+
+
+def test_a_mixed_custom_must_be_named(tmp_path) -> None:
+    published.write_megatron(tmp_path / "x", [[1, 256], [2, 3]], "<u2")
+    with pytest.raises(
+        DataError, match=r"some documents have <\|endoftext\|> \(id 256\).*\n  try: --source-eot"
+    ):
+        convert(opened(tmp_path), "nanogpt", tmp_path / "out", tokenizer=BYTES)
+    convert(opened(tmp_path), "nanogpt", tmp_path / "out", tokenizer=BYTES, source_eot="append")
+    assert np.fromfile(tmp_path / "out/train.bin", "<u2").tolist() == [1, 256, 2, 3, 256]
+
+
+@pytest.mark.parametrize("eot, expected", [("append", [5, 6, 256, 7, 256]), ("prepend", [256, 5, 6, 256, 7])])
+def test_unfinished_and_begun_documents(tmp_path, eot: Eot, expected) -> None:
+    """nanoGPT's last document may lack its end, llm.c's training files begin inside one: both count as documents."""
+    np.array([5, 6, 256, 7], "<u2").tofile(tmp_path / "train.bin")
+    tokens = opened(tmp_path)
+    assert tokens.split("train").document_ends.tolist() == [3, 4]
+    convert(tokens, "nanogpt", tmp_path / "out", tokenizer=BYTES, eot=eot)
+    assert np.fromfile(tmp_path / "out/train.bin", "<u2").tolist() == expected
+    begun = opened(tmp_path, eot="prepend")
+    assert begun.split("train").document_ends.tolist() == [2, 4]
+    assert opened(tmp_path, eot="none").split("train").document_ends.tolist() == [4]
+
+
+# --- which files, which split -----------------------------------------------------------------------------------------
+
+
+def test_validation_is_never_trained_on(tmp_path) -> None:
+    """By name, by position, or by a source of its own; files of a test set belong to neither."""
+    for split, documents in {"train": [[1]] * 50, "val": [[2]] * 5, "test": [[3]] * 5}.items():
+        published.write("llmc", tmp_path, split, documents, 257)
+    tokens = opened(tmp_path, val_fraction=0.5)
+    assert set(tokens.split("train").read(0, 100).tolist()) == {1, 256}
+    assert set(tokens.split("val").read(0, 10).tolist()) == {2, 256} and tokens.splits == ("train", "val")
+    one = str(tmp_path / "fineweb_train_000000.bin")
+    cut = opened(one, val_fraction=0.25)
+    assert (cut.split("train").n_tokens, cut.split("val").n_tokens) == (75, 25)
+    assert cut.held_out == "the last 25.00% of the tokens, by position"
+    assert cut.split("val").read(0, 3).tolist() == [1, 256, 1]
+    assert opened(one).splits == ("train",)
+    own = opened(one, val=recognise(str(tmp_path / "*_test_*.bin")))
+    assert set(own.split("val").read(0, 10).tolist()) == {3, 256}
+    with pytest.raises(DataError, match="cannot be both trained and validated on"):
+        opened(one, val=recognise(one))
+    with pytest.raises(DataError, match="cannot be split with val_fraction"):
+        opened(one, val_fraction=0.999)
+    with pytest.raises(ConfigError, match=r"val_fraction must lie in \[0, 1\)"):
+        opened(one, val_fraction=1.0)
+
+
+@pytest.mark.parametrize("format", SOURCES)
+def test_a_split_cut_by_position_keeps_its_documents(tmp_path, format) -> None:
+    """Also in the middle of a document, and of a file."""
+    published.write(format, tmp_path, "train", [[1, 2, 3], [4, 5], [6], [7, 8]], 257, files=2)
+    whole, cut = opened(tmp_path), opened(tmp_path, val_fraction=0.5)
+    n, ends = whole.split("train").n_tokens, whole.split("train").document_ends
+    at = cut.split("train").n_tokens
+    both = [*cut.split("train").document_ends, *(cut.split("val").document_ends + at)]
+    assert sorted({*ends.tolist(), at}) == both and at == n // 2
+    parts = [cut.split(name).read(0, cut.split(name).n_tokens) for name in cut.splits]
+    assert np.concatenate(parts).tolist() == whole.split("train").read(0, n).tolist()
+
+
+def test_what_is_not_token_files(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "model.bin").write_bytes(b"\0" * 100)
+    np.save(tmp_path / "weights.npy", np.zeros(3))
+    assert (
+        recognise(str(tmp_path)) is None
+        and recognise("hf:a/b") is None
+        and recognise(str(tmp_path / "*.txt")) is None
+    )
+    published.write("llmc", tmp_path, "train", [[1]], 257)
+    published.write("datatrove", tmp_path, "train", [[1]], 257)
+    with pytest.raises(DataError, match=r"several formats.\n  got: .*llmc \(fineweb_train_000000.bin, …\)"):
+        recognise(str(tmp_path))
+    found = recognise(str(tmp_path / "*.ds"))
+    assert found is not None and found.format.name == "datatrove"
+    (tmp_path / "only").mkdir()
+    published.write("llmc", tmp_path / "only", "val", [[1]], 257)
+    with pytest.raises(DataError, match=r"has no tokens to train on.\n  got: fineweb_val_000000.bin"):
+        opened(tmp_path / "only")
+    with pytest.raises(DataError, match="has no split 'val'"):
+        opened(tmp_path / "*.ds").split("val")
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def edited(path: Path, at: int, new: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    data[at : at + len(new)] = new
+    path.write_bytes(data)
+
+
+def swapped(path: Path, start: int = 0, width: int = 2) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + np.frombuffer(data[start:], f"<u{width}").byteswap().tobytes())
+
+
+def longer(path: Path, more: bytes) -> None:
+    path.write_bytes(path.read_bytes() + more)
+
+
+def shorter(path: Path, n: int) -> None:
+    path.write_bytes(path.read_bytes()[:-n])
+
+
+BIN, IDX, DS, NPY = (
+    "text_train_0.bin",
+    "text_train_0.idx",
+    "00000_train_shuffled.ds",
+    "edufineweb_train_000000.npy",
+)
+LLMC = "fineweb_train_000000.bin"
+DAMAGE = [
+    (
+        "nanogpt",
+        lambda p: shorter(p / "train.bin", 1),
+        r"train.bin ends inside an id, at byte 158.*\n  got: 159 bytes",
+    ),
+    (
+        "nanogpt",
+        lambda p: edited(p / "train.bin", 6, b"\1\2"),
+        r"train.bin holds an id outside .* at byte 6.\n  got: 513\n  expected: 0 to 256",
+    ),
+    ("nanogpt", lambda p: swapped(p / "train.bin"), r"train.bin holds an id outside (.|\n)*\(big-endian\)"),
+    (
+        "nanogpt",
+        lambda p: np.arange(1, 300, dtype="<u4").tofile(p / "train.bin"),
+        "train.bin holds ids of 32 bits",
+    ),
+    (
+        "nanogpt",
+        lambda p: np.arange(1, 300, dtype="<i8").tofile(p / "train.bin"),
+        "train.bin holds ids of 32 bits",
+    ),
+    ("nanogpt", lambda p: (p / "train.bin").write_bytes(bytes(1100)), "begins like an llm.c file"),
+    (
+        "llmc",
+        lambda p: shorter(p / LLMC, 1),
+        r"_000000.bin is cut off at byte 1183: its header, at byte 8, says 80 ids",
+    ),
+    (
+        "llmc",
+        lambda p: shorter(p / LLMC, 2),
+        r"is cut off at byte 1182.*\n  got: 1182 bytes\n  expected: 1184 bytes",
+    ),
+    ("llmc", lambda p: longer(p / LLMC, b"\0\0"), r"goes on behind byte 1184"),
+    ("llmc", lambda p: shorter(p / LLMC, 170), r"ends inside its header, at byte 1014"),
+    (
+        "llmc",
+        lambda p: swapped(p / LLMC, width=4),
+        r"was written with its bytes in the other order \(big-endian\), its magic number at byte 0",
+    ),
+    (
+        "llmc",
+        lambda p: swapped(p / LLMC, 1024),
+        r"outside the vocabulary at byte 1028.\n  got: 512(.|\n)*big-endian",
+    ),
+    (
+        "llmc",
+        lambda p: edited(p / LLMC, 4, b"\2"),
+        r"another version of the format, at byte 4.\n  got: 2\n  expected: 1",
+    ),
+    (
+        "llmc",
+        lambda p: edited(p / LLMC, 8, b"\xff\xff\xff\xff"),
+        r"impossible number of ids in its header, at byte 8.\n  got: -1",
+    ),
+    (
+        "llmc",
+        lambda p: edited(p / LLMC, 0, np.int32(20240522).tobytes()),
+        r"multiple-choice questions \(byte 0\)",
+    ),
+    (
+        "llmc",
+        lambda p: edited(p / LLMC, 1030, b"\xff\xff"),
+        r"outside the vocabulary at byte 1030.\n  got: 65535",
+    ),
+    ("npy", lambda p: shorter(p / NPY, 1), r"npy is cut off at byte 287: its header says 80 ids of uint16"),
+    ("npy", lambda p: edited(p / NPY, 0, b"X"), r"npy is not a .npy file: byte 0"),
+    ("npy", lambda p: edited(p / NPY, 12, b"XXXX"), r"npy has a damaged header"),
+    (
+        "npy",
+        lambda p: np.save(p / NPY, np.zeros(4)),
+        r"is not one row of token ids.*\n  got: <f8 of shape \(4,\)",
+    ),
+    (
+        "npy",
+        lambda p: np.save(p / NPY, np.zeros(4, ">u2")),
+        r"is not one row of token ids.*\n  got: >u2.*\n  expected: .*little-endian",
+    ),
+    ("npy", lambda p: np.save(p / NPY, np.array([1, -5], "<i4")), r"at byte 132.\n  got: -5"),
+    (
+        "npy",
+        lambda p: np.save(p / NPY, np.array([{}], dtype=object), allow_pickle=True),
+        r"not one row of token ids.*\n  got: \|O",
+    ),
+    (
+        "megatron",
+        lambda p: shorter(p / BIN, 2),
+        r"0.bin is cut off at byte 158: text_train_0.idx says 80 ids of uint16 in 4 seq",
+    ),
+    ("megatron", lambda p: (p / BIN).unlink(), r"0.bin is missing"),
+    ("megatron", lambda p: edited(p / IDX, 0, b"TNT"), r"0.idx is no index of Megatron: byte 0"),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 9, (1).to_bytes(8, "big")),
+        r"0.idx was written with its bytes in the other order \(big-endian\): byte 9",
+    ),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 9, b"\7"),
+        r"0.idx was written of another version: byte 9.\n  got: 7",
+    ),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 17, b"\6"),
+        r"a type that ids cannot have, at byte 17.\n  got: code 6",
+    ),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 18, b"\5"),
+        r"0.idx is cut off at byte 122: its header, at byte 18, says 5 seq",
+    ),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 34, b"\xff\xff\xff\xff"),
+        r"sequence of negative length, at byte 34.\n  got: -1",
+    ),
+    ("megatron", lambda p: edited(p / IDX, 58, b"\x90\x90"), r"where sequence 1 cannot lie, at byte 58"),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 82, b"\1"),
+        r"documents that do not cover its sequences, from byte 82 on",
+    ),
+    (
+        "megatron",
+        lambda p: edited(p / IDX, 98, b"\0"),
+        r"documents out of order, at byte 98.\n  got: 0\n  expected: 1 or more",
+    ),
+    ("megatron", lambda p: shorter(p / IDX, 100), r"ends inside its header, at byte 22"),
+    (
+        "megatron",
+        lambda p: edited(p / BIN, 4, b"\xff\xff"),
+        r"0.bin holds an id outside the vocabulary at byte 4",
+    ),
+    (
+        "datatrove",
+        lambda p: shorter(p / DS, 2),
+        r"shuffled.ds is cut off at byte 158: .*index says 80 ids, of uint16",
+    ),
+    ("datatrove", lambda p: shorter(p / f"{DS}.index", 3), r"index ends inside a number, at byte 24"),
+    ("datatrove", lambda p: shorter(p / f"{DS}.index", 8), r"shuffled.ds goes on behind byte"),
+    (
+        "datatrove",
+        lambda p: edited(p / f"{DS}.index", 8, b"\1"),
+        r"index is damaged at byte 8: documents must end one behind.*\n  got: 1\n  expected: 20",
+    ),
+    ("datatrove", lambda p: swapped(p / f"{DS}.index", width=8), r"big-endian|cut off"),
+    ("datatrove", lambda p: (p / f"{DS}.metadata").write_text("x"), r"metadata is damaged"),
+    (
+        "datatrove",
+        lambda p: (p / f"{DS}.metadata").write_text("gpt2|3\n80\n80 T"),
+        r"metadata is damaged: ids of 3 bytes",
+    ),
+    (
+        "datatrove",
+        lambda p: (p / f"{DS}.metadata").write_text("gpt2|2\n81\n81 T"),
+        r"does not belong to its files.\n  got: 81 ids\n  expected: 80",
+    ),
+    (
+        "datatrove",
+        lambda p: (p / f"{DS}.loss").write_bytes(b"\1" * 80),
+        r"loss says on which tokens to train",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(DAMAGE)), ids=lambda n: f"{n}-{DAMAGE[n][0]}")
+def test_damage_is_refused_with_file_and_offset(tmp_path, case) -> None:
+    format, damage, message = DAMAGE[case]
+    published.write(format, tmp_path, "train", [[i + 1 for i in range(19)] for _ in range(4)], 257)
+    list(opened(tmp_path).verified())
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        list(opened(tmp_path).verified())
+
+
+def test_a_damaged_magic_number_among_others(tmp_path) -> None:
+    """Such a file is not left out in silence."""
+    published.write("llmc", tmp_path, "train", [[1, 2, 3]] * 20, 257, files=3)
+    edited(tmp_path / "fineweb_train_000001.bin", 0, b"\0")
+    with pytest.raises(DataError, match=r"fineweb_train_000001.bin has no magic number of llm.c at byte 0"):
+        opened(tmp_path)
+
+
+@settings(LAX, max_examples=150)
+@given(format=st.sampled_from(["llmc", "megatron", "datatrove", "npy"]), data=st.data())
+def test_any_flipped_byte_of_headers_and_indices(tmp_path, unsynced, format, data) -> None:
+    """Is refused, or leaves sound ids: whatever happens, no other error, and no id outside the vocabulary."""
+    folder = tmp_path / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    published.write(format, folder, "train", DOCUMENTS, 257)
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    size = min(path.stat().st_size, 1100)
+    edited(path, data.draw(st.integers(0, size - 1)), bytes([data.draw(st.integers(0, 255))]))
+    try:
+        if recognise(str(folder)) is None:
+            return
+        tokens = opened(folder)
+        list(tokens.verified())
+        split = tokens.split("train")
+        ids, ends = split.read(0, split.n_tokens), split.document_ends
+    except DataError as e:
+        assert str(folder) in str(e)
+        return
+    assert ids.max() < 257 and (np.diff(ends, prepend=0) > 0).all() and ends[-1] == split.n_tokens
+
+
+# --- the whole set ----------------------------------------------------------------------------------------------------
+
+
+def test_the_last_id_of_many_is_looked_at(tmp_path) -> None:
+    """In blocks, far behind the samples; without `verified` only the beginnings and the ends are."""
+    ids = np.zeros(5_000_001, "<u2") + 7
+    ids[2_500_000] = 300
+    ids.tofile(tmp_path / "train.bin")
+    tokens = opened(tmp_path)
+    with pytest.raises(DataError, match=r"at byte 5000000.\n  got: 300"):
+        list(tokens.verified())
+    ids[2_500_000], ids[-1] = 7, 300
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(DataError, match=r"at byte 10000000.\n  got: 300"):
+        opened(tmp_path)
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        published.write("llmc", tmp_path / name, "train", DOCUMENTS, 257, files=2)
+    one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
+    assert one.fingerprint == two.fingerprint != opened(tmp_path / "one", val_fraction=0.5).fingerprint
+    edited(tmp_path / "two/fineweb_train_000000.bin", 1026, b"\5")
+    assert opened(tmp_path / "two").fingerprint != one.fingerprint
+
+
+def test_bytes_of_text_are_counted_by_the_tokenizer(tmp_path) -> None:
+    """So bits per byte mean the same as on prepared text; end-of-text counts nothing."""
+    published.write("nanogpt", tmp_path, "train", DOCUMENTS, 257)
+    assert opened(tmp_path).split("train").source_bytes == sum(map(len, DOCUMENTS))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten_and_nothing_half_made_stays(tmp_path, monkeypatch) -> None:
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    tokens, out = opened(tmp_path / "nano"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with pytest.raises(DataError, match="out exists already; nothing was written"):
+        convert(tokens, "llmc", out, tokenizer=BYTES)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+
+    def stopped(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES, progress=stopped)
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_moved", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(DataError, match=r"disk full while writing .*new; what was written is removed"):
+            convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
+        patch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(DataError, match=r"disk full: .*new needs .* bytes.\n  got: 0 free"):
+            convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "out"]
+    convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
+
+
+def test_llmc_files_are_cut_and_numbered(tmp_path, monkeypatch) -> None:
+    """Validation is number 0, training begins with 1, as llm.c's own scripts have it."""
+    from regpt.data.formats import llmc
+
+    monkeypatch.setattr(llmc, "SHARD_TOKENS", 60)
+    for split in ("train", "val"):
+        published.write("nanogpt", tmp_path, split, DOCUMENTS, 257)
+    convert(opened(tmp_path), "llmc", tmp_path / "out", tokenizer=BYTES)
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.bin"))
+    train = ["text_train_000001.bin", "text_train_000002.bin", "text_train_000003.bin"]
+    assert names == [*train, "text_val_000000.bin", "text_val_000001.bin", "text_val_000002.bin"]
+    assert published.read("llmc", tmp_path / "out", "train", 257) == DOCUMENTS
+
+
+def test_what_our_shards_need(tmp_path) -> None:
+    published.write("nanogpt", tmp_path, "train", DOCUMENTS, 257)
+    with pytest.raises(DataError, match="regpt's own shards need a tokenizer of regpt's"):
+        convert(opened(tmp_path), "regpt", tmp_path / "out", tokenizer=None)
+    with pytest.raises(DataError, match=r"regpt's own shards need <.endoftext.> behind every document"):
+        convert(opened(tmp_path), "regpt", tmp_path / "out", tokenizer=BYTES, eot="prepend")
