@@ -135,7 +135,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0
     assert "regpt bench train  a training step" in capsys.readouterr().out
     assert main(["bench", "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["benches"]) == ["train"]
+    assert list(json.loads(capsys.readouterr().out)["benches"]) == ["train", "data"]
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,44 @@ def test_a_trace_that_came_to_nothing_leaves_no_file(
     monkeypatch.setattr("regpt.train.bench.measure_flops", stopped)
     assert main(["bench", "train", *TINY, "--profile"]) == 130
     assert not Path(DEFAULT_TRACE).exists()
+
+
+def test_bench_data_measures_a_text(tmp_path, monkeypatch, capsys) -> None:
+    """Every figure is there, the counts are those of the text, and nothing is left behind."""
+    monkeypatch.setattr("regpt.data.bench.TIMED_S", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    texts = [f"Story {i}. " + "once upon a time, " * 20 for i in range(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    assert main(["bench", "data", str(path), "--tokenizer", "bytes", "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    size = sum(map(len, texts))
+    assert (found["text_bytes"], found["documents"], found["tokens"]) == (size, 30, size + 30)
+    assert (found["workers"], found["batch_rows"], found["block_size"]) == (1, 64, 1024)
+    rates = ("read", "tokenizer", "prepare")
+    assert all(found[f"{name}_bytes_per_second"] > 0 for name in rates) and found["batch_s"] > 0
+    assert main(["bench", "data", str(path), "--tokenizer", "bytes", "--workers", "1"]) == 0
+    assert "in one process, by itself (bytes)" in capsys.readouterr().out
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_bench_data_takes_the_beginning_of_a_large_source(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("regpt.data.bench.TIMED_S", 0.0)
+    monkeypatch.setattr("regpt.data.bench.MOST_BYTES", 1000)
+    monkeypatch.setattr("regpt.data.sources.PART_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 50}) + "\n" for i in range(100)))
+    assert main(["bench", "data", str(path), "--tokenizer", "bytes", "--json"]) == 0
+    assert 15 <= json.loads(capsys.readouterr().out)["documents"] <= 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no text"), ('{"text": ""}\n', "holds no text"), ("{", "is not valid JSON")],
+)
+def test_bench_data_refuses_what_holds_no_text(tmp_path, capsys, content, message) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    assert main(["bench", "data", str(path), "--tokenizer", "bytes"]) == 2
+    assert message in capsys.readouterr().err

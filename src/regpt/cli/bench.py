@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from regpt.train.operators import Operator
 
 BENCHES = {
-    "train": "a training step of a preset, on random ids: time, tokens/s, FLOP/s, memory; with --profile, by operator"
+    "train": "a training step of a preset, on random ids: time, tokens/s, FLOP/s, memory; with --profile, by operator",
+    "data": "text to shards and shards to batches: MB/s of a source beside the tokenizer alone, time of a batch",
 }
 DEFAULT_TRACE = "regpt-trace.json"
 SHOWN_OPERATORS = 10
@@ -51,11 +52,11 @@ def main(argv: list[str]) -> int:
         name, rest = argv[0], argv[1:]
         if name not in BENCHES:
             raise UsageError(f"there is no bench {name!r}.{did_you_mean(name, BENCHES)}", hint="regpt bench")
-        return {"train": train}[name](rest)
+        return {"train": train, "data": data}[name](rest)
     width = max(map(len, BENCHES))
     listed = "\n".join(f"  regpt bench {name:<{width}}  {what}" for name, what in BENCHES.items())
     args = parse(Args, argv, prog="regpt bench", description=f"{__doc__}\n\n{listed}")
-    Output(args).result({"benches": BENCHES}, f"{listed}\n\nregpt bench train --help has its options.")
+    Output(args).result({"benches": BENCHES}, f"{listed}\n\nregpt bench NAME --help has its options.")
     return 0
 
 
@@ -84,6 +85,53 @@ def train(argv: list[str]) -> int:
     if found.profile is not None:
         text += "\n\n" + costliest(found.profile)
     out.result({"preset": preset.name} | found.as_dict(), text)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArgs(CommonArgs):
+    """Arguments of `regpt bench data [SOURCE]`."""
+
+    source: tyro.conf.Positional[str] = "python-stdlib"
+    """What `regpt prepare` takes; of much text the first 50 MB."""
+    tokenizer: str | None = None
+    """gpt2, bytes, or a folder with a saved tokenizer. None: gpt2 where its files are on this machine, else bytes."""
+    tokenizer_files: str | None = None
+    """Folder with GPT-2's encoder.json and vocab.bpe."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL and parquet."""
+    workers: int | None = None
+    """Processes that tokenise. None: one for each core."""
+
+
+def data(argv: list[str]) -> int:
+    """`regpt bench data`."""
+    description = f"Measure {BENCHES['data']}. Written is into a temporary folder alone."
+    args = parse(DataArgs, argv, prog="regpt bench data", description=description)
+    from regpt.data.bench import bench_data
+    from regpt.data.sources import open_source
+    from regpt.tokenizers import open_tokenizer
+    from regpt.tokenizers.gpt2 import gpt2_is_here
+
+    out = Output(args)
+    name = args.tokenizer or ("gpt2" if args.tokenizer_files or gpt2_is_here() else "bytes")
+    tokenizer = open_tokenizer(name, files=args.tokenizer_files)
+    source = open_source(args.source, text_field=args.text_field)
+    with out.progress("tokenising", source.stored_bytes, "bytes") as bar:
+        found = bench_data(source, tokenizer, workers=args.workers, progress=lambda done, _: bar.update(done))
+    alone = found.tokenizer_bytes_per_second
+    share = found.prepare_bytes_per_second / (alone * found.workers)
+    rows = {
+        "text": f"{source.name}: {found.text_bytes:,} bytes in {found.documents:,} documents, {found.tokens:,} tokens",
+        "read": f"{rate(found.read_bytes_per_second, 'B/s')} in one process",
+        "tokenizer": f"{rate(alone, 'B/s')} in one process, by itself ({tokenizer.kind})",
+        "prepare": f"{rate(found.prepare_bytes_per_second, 'B/s')} from files to shards in {found.workers} processes, "
+        f"{share:.0%} of so many tokenizers by themselves; {duration(found.prepare_s)} in all",
+        "batch": f"{1e6 * found.batch_s:,.0f} us for {found.batch_rows} rows of {found.block_size:,}: "
+        f"{found.batch_rows * found.block_size / found.batch_s / 1e6:,.0f} M tokens/s",
+    }
+    values = {"source": args.source, "tokenizer": tokenizer.kind} | found.as_dict()
+    out.result(values, "\n".join(f"{row:<9} {text}" for row, text in rows.items()))
     return 0
 
 
