@@ -12,14 +12,18 @@ together at its highest, as often as it was looked at.
 
 regpt             `regpt prepare --tokenizer gpt2`, tiktoken inside
 regpt fast        the same with the faster back end, where one is installed (`pip install regpt[fast]`)
-nanogpt           data/openwebtext/prepare.py of CLONE (github.com/karpathy/nanoGPT), run as it is but for the source, the number
-                  of processes (as many as cores) and the share held out (a tenth, as few documents cannot be cut in 1,024)
+nanogpt           data/openwebtext/prepare.py of CLONE (github.com/karpathy/nanoGPT), run as it is but for the source, the
+                  number of processes (as many as cores) and the share held out (a tenth: it cuts each split in 1,024 pieces)
 tiktoken x1, xN   encode_ordinary over the documents, in one process and in as many as there are cores
 tokenizers        Hugging Face's encode_batch over the documents in its own threads, ids written to one file
 
-batches: 64 rows of 1,024 ids and their targets from random ids of the size asked for, which lie in the page cache. nanogpt is
-what its get_batch does: open the file anew, draw, copy, stack. regpt is `Loader.batch`, over the same file as one shard and as
-shards of 100 million ids; the processor's clock is that of the one process both run in, batch by batch in turn.
+batches: 64 rows of 1,024 ids and their targets, out of one file of random ids of the size asked for, which is read once
+before so that it lies in the page cache; each figure is the median of a process of its own, processes take turns.
+
+nanogpt           what its get_batch does: open the file anew, draw, copy each row, stack
+regpt             `Loader.batch`, permuted windows, over the same file as shards of 100 million ids, memory kept as a run keeps it
+gather            one fancy index into the file; view: one into all its windows (`sliding_window_view`); neither is random
+                  without replacement, or knows of shards; a lower bound of what NumPy can do
 
 --path adds a folder of packages for the peers alone, as `pip install --target DIR datasets` makes it.
 """
@@ -133,10 +137,106 @@ def hf_tokenizers(path: str, files: str, out: str) -> dict[str, float]:
 def child(job: dict[str, Any]) -> None:
     """Do the job; the last line of output is what was found."""
     kind = job["kind"]
-    if kind == "tiktoken":
+    if kind == "batches":
+        print(json.dumps({"batch_s": batch_seconds(job["peer"], job["path"])}))
+    elif kind == "tiktoken":
         print(json.dumps(bare_tiktoken(job["path"], job["processes"])))
     else:
         print(json.dumps(hf_tokenizers(job["path"], job["files"], job["out"])))
+
+
+ROWS, BLOCK, SHARD_TOKENS, BATCHES = 64, 1024, 100_000_000, 1000
+
+
+def drawer(peer: str, path: str) -> Any:
+    """A function that makes the next batch: x, y (64, 1024) int64 tensors."""
+    import numpy as np
+    import torch
+
+    chance = np.random.default_rng(0)
+
+    def nanogpt() -> Any:
+        data = np.memmap(path, dtype=np.uint16, mode="r")
+        starts = torch.randint(len(data) - BLOCK, (ROWS,))
+        x = torch.stack([torch.from_numpy(data[i : i + BLOCK].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + BLOCK].astype(np.int64)) for i in starts])
+        return x, y
+
+    ids = np.memmap(path, dtype=np.uint16, mode="r")
+    windows = np.lib.stride_tricks.sliding_window_view(ids, BLOCK + 1)
+    offsets = np.arange(BLOCK + 1)
+
+    def targets(rows: Any) -> Any:
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
+
+    def gather() -> Any:
+        return targets(ids[chance.integers(len(ids) - BLOCK, size=ROWS)[:, None] + offsets])
+
+    def view() -> Any:
+        return targets(windows[chance.integers(len(ids) - BLOCK, size=ROWS)])
+
+    if peer != "regpt":
+        return {"nanogpt": nanogpt, "gather": gather, "view": view}[peer]
+    from regpt.data.loader import Loader
+    from regpt.data.split import IdsFile, TokenSplit
+    from regpt.train.allocator import keep_memory
+
+    keep_memory()
+    starts = range(0, len(ids), SHARD_TOKENS)
+    files = [IdsFile(Path(path), 2 * at, min(SHARD_TOKENS, len(ids) - at), ids.dtype) for at in starts]
+    split = TokenSplit("train", files, document_ends=lambda: np.empty(0, np.int64), source_bytes=lambda: 0)
+    loader, step = Loader(split, block_size=BLOCK, batch_rows=ROWS, seed=1), itertools.count()
+    return lambda: loader.batch(next(step))
+
+
+def batch_seconds(peer: str, path: str) -> float:
+    """Median over BATCHES, after a tenth of them."""
+    draw, times = drawer(peer, path), []
+    for _ in range(BATCHES + BATCHES // 10):
+        began = time.perf_counter()
+        draw()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[BATCHES // 10 :])
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches_table(args: argparse.Namespace) -> str:
+    """Measure; the table."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(prefix="regpt-bench-", dir=args.folder) as name:
+        path, chance = Path(name) / "train.bin", np.random.default_rng(0)
+        left = int(args.gigabytes * 1e9) // 2
+        with open(path, "wb") as file:
+            while left:
+                n = min(left, 1 << 26)
+                file.write(chance.integers(50257, size=n, dtype=np.uint16).data)
+                left -= n
+        found: dict[str, list[float]] = {}
+        for round_ in range(args.rounds):
+            for peer in ("nanogpt", "regpt", "gather", "view"):
+                with open(path, "rb") as file:  # into the page cache, should it have left it
+                    while file.read(1 << 26):
+                        pass
+                job = json.dumps({"kind": "batches", "peer": peer, "path": str(path)})
+                words = [sys.executable, str(Path(__file__).resolve()), "--child", job]
+                env = os.environ | {"OMP_NUM_THREADS": "1"}
+                said = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+                found.setdefault(peer, []).append(json.loads(said)["batch_s"])
+                print(f"round {round_ + 1} {peer}: {found[peer][-1]}", file=sys.stderr, flush=True)
+    lines = [
+        f"{ROWS} x {BLOCK} out of {args.gigabytes:g} GB",
+        "",
+        "| | us a batch | nanoGPT's time over it |",
+        "| --- | --- | --- |",
+    ]
+    for peer, times in found.items():
+        ratio = statistics.median(a / b for a, b in zip(found["nanogpt"], times, strict=True))
+        lines.append(f"| {peer} | {1e6 * statistics.median(times):,.0f} | {ratio:.1f} |")
+    return "\n".join(lines)
 
 
 # --- prepare ----------------------------------------------------------------------------------------------------------
@@ -317,8 +417,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--fast", action="store_true", help="also with the faster back end")
     p.add_argument("--path", action="append", default=[], help="a folder of packages for the peers")
     p.add_argument("--json", type=Path, help="a file for every figure")
+    b = kinds.add_parser("batches")
+    b.add_argument("--gigabytes", type=float, default=10)
+    b.add_argument("--rounds", type=int, default=5)
+    b.add_argument(
+        "--folder", help="where the file of ids is put for the time; None: the system's temporary folder"
+    )
     args = parser.parse_args(words)
-    print(prepare_table(args))
+    print(prepare_table(args) if args.kind == "prepare" else batches_table(args))
 
 
 if __name__ == "__main__":
