@@ -12,13 +12,15 @@ from typing import Any
 from regpt.config import Config, TokenizerConfig
 from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards
-from regpt.data.sources import Source, is_remote, open_source
+from regpt.data.sources import Source, open_sources
 from regpt.errors import ConfigError, DataError
 from regpt.paths import user_path
 from regpt.tokenizers import KINDS, SIZES, Tokenizer, check_entries, load_tokenizer, open_tokenizer
 
 Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
+Text = tuple[Source, Source | None, float | None]
+"""What `open_sources` gives: training text, validation text of its own, or the share to hold out."""
 TRAINED = ("chars", "bpe")
 """Tokenizers that are made from the text itself."""
 GUESSED_CHARACTERS = 96  # printable ASCII and the line end: what a plan assumes before the text was seen
@@ -53,12 +55,13 @@ def corpus(
         raise DataError(
             f"{folder / MANIFEST} is missing.", hint="prepare the shards again, or copy the whole folder"
         )
-    source, val_source = _sources(config)
-    folder = data_folder(config, source, val_source)
+    text = open_sources(config.data, note=lambda said: listen("info", 0, {"text": said}))
+    folder = data_folder(config, text)
     if (folder / MANIFEST).exists():
-        return verified(_prepared(folder, config, source, val_source), listen)
+        return verified(_prepared(folder, config, text), listen)
+    source, val_source, val_fraction = text
     tokenizer = tokenizer_for(
-        config.tokenizer, source, val_source, config.data.val_fraction, listen, kept=kept_tokenizer
+        config.tokenizer, source, val_source, val_fraction or 0, listen, kept=kept_tokenizer
     )
     listen("info", 0, {"text": f"preparing {source.name} into {folder}"})
 
@@ -70,12 +73,12 @@ def corpus(
         source,
         tokenizer,
         folder,
-        val_fraction=config.data.val_fraction,
+        val_fraction=val_fraction or 0,
         val_source=val_source,
         workers=config.data.workers,
         progress=progress,
     )
-    if unusual := unusual_split(manifest, config.data.val_fraction):
+    if unusual := unusual_split(manifest, val_fraction or 0):
         listen("note", 0, {"text": unusual})
     return _prepared(folder, config)
 
@@ -89,39 +92,34 @@ def _verified(found: tuple[Tokenizer, Shards], listen: Listener) -> tuple[Tokeni
     return found
 
 
-def _sources(config: Config) -> tuple[Source, Source | None]:
-    d = config.data
-    val_source = None if d.val_source is None else open_source(d.val_source, text_field=d.text_field)
-    return open_source(d.source, text_field=d.text_field), val_source
-
-
 def text_identity(config: Config) -> dict[str, Any]:
     """What decides the text of a run and its split, without reading all of it: equal identity, equal text."""
     folder = user_path(config.data.source)
     if (folder / MANIFEST).exists():
         return {"shards": Shards.open(folder).manifest.fingerprint}
-    source, val_source = _sources(config)
+    return _identity(open_sources(config.data))
+
+
+def _identity(text: Text) -> dict[str, Any]:
+    source, val_source, val_fraction = text
     return {
         "source": source.fingerprint,
         "val_source": val_source.fingerprint if val_source else None,
-        "val_fraction": config.data.val_fraction,
+        "val_fraction": val_fraction,
     }
 
 
-def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
+def data_folder(config: Config, text: Text) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
         return user_path(config.data.dir)
     name = config.tokenizer.name
-    asked = {
-        "source": source.fingerprint,
-        "val_source": val_source.fingerprint if val_source else None,
-        "val_fraction": config.data.val_fraction,
+    asked = _identity(text) | {
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("data") / f"{source.name}-{Path(name).name}-{key}"
+    return Path("data") / f"{text[0].name}-{Path(name).name}-{key}"
 
 
 def tokenizer_for(
@@ -176,34 +174,27 @@ def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:
 def _found(config: Config) -> Shards | None:
     """The shards of `config` if they lie here."""
     folder = user_path(config.data.source)
-    if not config.data.source or is_remote(config.data.source):
+    if not config.data.source:
         return None
     if (folder / MANIFEST).exists():
         return _prepared(folder, config)[1]
     try:
-        folder = data_folder(config, *_sources(config))
+        folder = data_folder(config, open_sources(config.data, network=False))
     except DataError:
-        return None  # the text is not on this machine; a plan does not need it
+        return None  # the text is not on this machine, or not known here; a plan does not need it
     return _prepared(folder, config)[1] if (folder / MANIFEST).exists() else None
 
 
-def _prepared(
-    folder: Path, config: Config, source: Source | None = None, val_source: Source | None = None
-) -> tuple[Tokenizer, Shards]:
+def _prepared(folder: Path, config: Config, text: Text | None = None) -> tuple[Tokenizer, Shards]:
     """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer or text."""
     shards = Shards.open(folder)
     manifest = shards.manifest
-    if source is not None:
-        asked = {
-            "source": source.fingerprint,
-            "val_source": val_source.fingerprint if val_source else None,
-            "val_fraction": config.data.val_fraction,
-        }
-        other = [name for name, value in asked.items() if manifest.request.get(name) != value]
+    if text is not None:
+        other = [name for name, value in _identity(text).items() if manifest.request.get(name) != value]
         if other:
             raise DataError(
                 f"{folder} was made from {manifest.source.spec} by another request; different: {', '.join(other)}.",
-                expected=f"shards of {source.spec} as it is now",
+                expected=f"shards of {text[0].spec} as it is now",
                 hint="another --data.dir, or none",
             )
     tokenizer = load_tokenizer(folder / TOKENIZER)

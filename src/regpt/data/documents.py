@@ -379,6 +379,16 @@ def row_groups(path: Path, text_field: str) -> int:
         return int(file.num_row_groups)
 
 
+def text_rows(path: Path, text_field: str) -> Iterator[tuple[float, str | None]]:
+    """Every row of a parquet file, with the share of the file's rows that end there."""
+    with _parquet_file(path) as file:
+        done, total = 0, max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(1024, columns=[text_field], use_threads=False):
+            for row in batch.column(0).to_pylist():
+                done += 1
+                yield done / total, row
+
+
 def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:
     with _parquet_file(Path(part.path)) as file:
         groups = range(part.start, part.end)

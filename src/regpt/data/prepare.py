@@ -31,7 +31,7 @@ from regpt.data.shards import (
     TokenizerFacts,
     dtype_for,
 )
-from regpt.data.sources import PART_BYTES, Source
+from regpt.data.sources import PART_BYTES, Source, missing_on
 from regpt.data.workers import Tokenized, document_hash, tokenizing
 from regpt.data.writer import SplitWriter
 from regpt.errors import ConfigError, DataError
@@ -229,9 +229,11 @@ def _check_disk(job: _Job, out: Path, work: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    coming = missing_on(folder, job.source, job.val_source)
+    if needed + coming > free:
+        download = f" and the download {megabytes(coming)} more" if coming else ""
         raise DataError(
-            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text)} of text.",
+            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text)} of text{download}.",
             got=f"{megabytes(free)} free",
             hint=MORE_SPACE,
         )
