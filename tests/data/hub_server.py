@@ -1,16 +1,20 @@
 """A server on loopback that speaks the hub's file API over repositories in memory, and fails when it is told to.
 
 As the hub does: a revision is a branch or a commit; large files are listed with `lfs` (sha256), small ones by git's
-sha1; `resolve` sends large files to another address (`/cdn/…`); ranges are honoured.
+sha1; `resolve` sends for large files to another host (`localhost/cdn/…`); ranges are honoured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import io
 import json
+import os
 import re
+import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -188,7 +192,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             begin = int(query.get("cursor", ["0"])[0])
             headers = {}
             if begin + self.hub.page < len(under):
-                link = f"{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + self.hub.page}"
+                link = (
+                    f"{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + self.hub.page}"
+                )
                 headers["Link"] = f'<{link}>; rel="next"'
             if not under:
                 self._send(b"", 404, {"X-Error-Code": "EntryNotFound"})
@@ -209,7 +215,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if commit is None:
             return
         if repo in self.hub.gated and self.headers.get("Authorization") != "Bearer right":
-            self._send(b"", 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {repo} is restricted."})
+            self._send(
+                b"", 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {repo} is restricted."}
+            )
             return
         files = self.hub.commits[repo, commit]
         if name not in files:
@@ -219,8 +227,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"'}
         if name.endswith(LFS):
             sha256 = hashlib.sha256(content).hexdigest()
-            headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "ETag": f'"{sha256}"'}
-            headers["Location"] = f"{self.hub.url}/cdn/{repo.replace('/', '--')}/{commit}/{name}"
+            headers |= {
+                "X-Linked-Etag": f'"{sha256}"',
+                "X-Linked-Size": str(len(content)),
+                "ETag": f'"{sha256}"',
+            }
+            headers["Location"] = (
+                f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{repo.replace('/', '--')}/{commit}/{name}"
+            )
             self._send(b"", 302, headers)
         else:
             self._file(content, fault, headers)
@@ -231,7 +245,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = fault.body(content)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         first, status, stop = 0, 200, len(content)
-        headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers | fault.headers
+        headers = (
+            {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers | fault.headers
+        )
         if wanted and not fault.ignore_range:
             first, status = int(wanted[1]), 206
             stop = min(int(wanted[2]) + 1, stop) if wanted[2] else stop
@@ -239,8 +255,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._send(b"", 416, {"Content-Range": f"bytes */{len(content)}"})
                 return
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
-        ends = [n for n in (fault.cut, fault.reset) if n is not None]
-        self._send(content[first:stop], status, headers, first=first, ends=min(ends) if ends else None)
+        ends = fault.cut if fault.reset is None else fault.reset
+        self._send(content[first:stop], status, headers, first=first, ends=ends)
+        if fault.reset is not None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
     def _json(self, value: Any, headers: dict[str, str]) -> None:
         self._send(json.dumps(value).encode(), 200, {"Content-Type": "application/json"} | headers)
@@ -250,13 +269,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     ) -> None:
         sent = b"" if self.command == "HEAD" else body[:ends]
         self.hub.served.append(
-            Served(self.command, unquote(self.path), status, first, len(sent), self.headers.get("Authorization"))
+            Served(
+                self.command, unquote(self.path), status, first, len(sent), self.headers.get("Authorization")
+            )
         )
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(sent)
+        with contextlib.suppress(ConnectionError):  # whoever saw at the headers that this is wrong has left
+            self.wfile.write(sent)
         if ends is not None:
             self.wfile.flush()
             self.close_connection = True
@@ -266,7 +288,10 @@ def _listed(path: str, content: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
     if path.endswith(LFS):
         sha256 = hashlib.sha256(content).hexdigest()
-        entry |= {"oid": git_sha1(b"pointer"), "lfs": {"oid": sha256, "size": len(content), "pointerSize": 130}}
+        entry |= {
+            "oid": git_sha1(b"pointer"),
+            "lfs": {"oid": sha256, "size": len(content), "pointerSize": 130},
+        }
     return entry
 
 

@@ -65,15 +65,7 @@ def main(argv: list[str]) -> int:
     from regpt.data.sources import open_sources
 
     out, begun = Output(args), time.monotonic()
-    asked = DataConfig(
-        source=args.source,
-        text_field=args.text_field,
-        split=args.split,
-        val_fraction=args.val_fraction,
-        val_source=args.val_source,
-        val_split=args.val_split,
-    )
-    source, val_source, val_fraction = open_sources(asked, note=out.info)
+    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
     if download := describe_download(source, val_source):
         out.info(download)
     tokenizer = tokenizer_for(
@@ -118,6 +110,17 @@ def main(argv: list[str]) -> int:
     ]
     out.result(result, "\n".join(lines))
     return 0
+
+
+def _text(args: Args) -> DataConfig:
+    return DataConfig(
+        source=args.source,
+        text_field=args.text_field,
+        split=args.split,
+        val_fraction=args.val_fraction,
+        val_source=args.val_source,
+        val_split=args.val_split,
+    )
 
 
 def describe_download(*sources: Source | None) -> str:

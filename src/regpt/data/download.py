@@ -243,7 +243,9 @@ def _is_there(path: Path, size: int) -> bool:
 
 def _read(reply: http.client.HTTPResponse, size: int | None = None) -> bytes:
     try:
-        return reply.read() if size is None else reply.read(size)
+        return (
+            reply.read() if size is None else reply.read1(size)
+        )  # what has come so far, so a cut loses nothing
     except http.client.IncompleteRead as e:
         return e.partial
     except (OSError, http.client.HTTPException, ValueError) as e:

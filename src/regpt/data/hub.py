@@ -18,11 +18,10 @@ import os
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote, urljoin
 
@@ -42,6 +41,10 @@ MAIN = "main"
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps its own conversion of what is no parquet
 TREE_FORMAT = 1
 SAID_S = 10.0  # between two sentences about one download
+
+
+class _NotThere(DataError):
+    """The hub has no such data set, revision or file."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +158,11 @@ class Files:
                 hint="unset HF_HUB_OFFLINE once, or copy regpt's cache folder from a machine that has them",
             )
         remote = RemoteFile(self.url + quote(entry.path), entry.size, entry.digest)
-        said, begun = 0.0, time.monotonic()
+        said, begun = 0.0, monotonic()
 
         def progress(have: int) -> None:
             nonlocal said
-            if (now := time.monotonic()) - max(said, begun) > SAID_S:
+            if (now := monotonic()) - max(said, begun) > SAID_S:
                 said = now
                 which = f"file {number + 1} of {len(self.entries)}"
                 self.note(
@@ -186,38 +189,32 @@ def find(
     *,
     network: bool = True,
     note: Note = lambda _: None,
-    sleep: Callable[[float], None] | None = None,
 ) -> Files:
     """The files of a split of a data set; none is downloaded yet.
 
     Args:
         text: `hf:owner/name[:config][@revision]`.
         network: False asks nobody and knows only what was asked before; nothing is written.
-        sleep: waits between attempts.
 
     Raises:
         DataError: there is no such data set, configuration or split, or nothing that can be read; no network.
     """
     spec = Spec.parse(text)
-    hub = _Hub(spec.repo, network and not _is_set("HF_HUB_OFFLINE"), note, sleep or time.sleep)
+    hub = _Hub(spec.repo, network and not _is_set("HF_HUB_OFFLINE"), note)
     tree = hub.tree(hub.commit(spec.revision))
     chosen = _choose(tree, spec, split)
     if chosen is None:
         note(
             f"{spec.repo} has no files that are read without a script: taking the hub's own conversion to parquet"
         )
-        try:
+        with contextlib.suppress(_NotThere):
             tree = hub.tree(hub.commit(CONVERTED))
             chosen = _choose(tree, spec, split)
-        except Unreachable:
-            raise
-        except DataError:
-            pass  # there is no such branch
     if chosen is None:
         raise DataError(
             f"{spec.repo} holds nothing that regpt reads.",
             expected=f"parquet, JSONL or text, or a conversion in the branch {CONVERTED}",
-            hint="convert it: regpt prepare FILE… reads parquet, JSONL and text",
+            hint="download and convert it, then name the folder: regpt prepare FOLDER …",
         )
     at = f"{PREFIX}{spec.repo}{f':{spec.config}' if spec.config else ''}@{tree.commit}"
     url = f"{hub.endpoint}/datasets/{spec.repo}/resolve/{tree.commit}/"
@@ -237,7 +234,7 @@ def _is_set(name: str) -> bool:
 class _Hub:
     """One repository, as the hub and our cache know it."""
 
-    def __init__(self, repo: str, network: bool, note: Note, sleep: Callable[[float], None]) -> None:
+    def __init__(self, repo: str, network: bool, note: Note) -> None:
         self.repo, self.note = repo, note
         self.endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
         self.folder = cache_folder() / "hub" / repo.replace("/", "--")
@@ -346,7 +343,7 @@ class _Hub:
                 "RevisionNotFound": f"{self.repo} has no such revision",
                 "EntryNotFound": f"{self.repo} has no such file",
             }.get(code, f"{self.repo}: the data set, its revision or the file is not there")
-            return DataError(f"{what}.", got=got, hint=f"look at {page}")
+            return _NotThere(f"{what}.", got=got, hint=f"look at {page}")
         return DataError(f"{self.endpoint} refuses {self.repo}.", got=got, hint=f"look at {page}")
 
 

@@ -15,8 +15,8 @@ from regpt.errors import DataError, did_you_mean, missing_package
 
 DEFAULT = "default"
 SHARDED = re.compile(r"data/([\w.]+)-\d{5}-of-\d{5}.*\..*")
-CONVERTED = re.compile(r"([^/]+)/([^/]+)/\d{4,}\.parquet")
-"""How the hub itself converts data sets: configuration, split."""
+CONVERTED = re.compile(r"([^/]+)/(partial[-/])?([^/]+)/\d{4,}\.parquet")
+"""How the hub itself converts data sets: configuration, split; `partial` where it stopped at 5 GB."""
 KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -52,7 +52,7 @@ def choose(
         inside = config.rstrip("/") + "/"
         if under := [p for p in data if p.startswith(inside)]:
             configs = {config: partial(_usual, under, inside)}
-    if not configs and data and not any(p.endswith(".py") and "/" not in p for p in paths):
+    if not configs and data and f"{repo.rpartition('/')[2]}.py" not in paths:
         configs = {DEFAULT: partial(_usual, data, "")}
     if not configs:
         return None
@@ -151,7 +151,8 @@ def _converted(data: Sequence[str]) -> dict[str, Find]:
         match = CONVERTED.fullmatch(path)
         if match is None:
             return {}
-        found.setdefault(match[1], {}).setdefault(match[2], []).append(path)
+        split = f"{'partial-' if match[2] else ''}{match[3]}"
+        found.setdefault(match[1], {}).setdefault(split, []).append(path)
     return {config: partial(dict, splits) for config, splits in found.items()}
 
 
