@@ -79,6 +79,7 @@ class HubServer:
         self.faults: list[tuple[re.Pattern[str], deque[Fault]]] = []
         self.served: list[Served] = []
         self.page = 1000
+        self.links_to = url
         self.lock = threading.Lock()
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:

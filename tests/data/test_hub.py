@@ -219,6 +219,7 @@ def test_the_listing_is_that_of_huggingface_hub(hub) -> None:
     hub.page = 3
     theirs = library.HfApi(endpoint=hub.url).list_repo_tree("owner/name", recursive=True, repo_type="dataset")
     known = {(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in theirs if hasattr(f, "size")}
+    hub.links_to = "https://another.host"  # as of a mirror that passes on the hub's own links
     repository = regpt.data.hub._Hub("owner/name", True, lambda _: None)
     tree = repository.tree(repository.commit("main"))
     assert {(e.path, e.size, e.digest) for e in tree.files} == known and len(known) == 9
@@ -308,7 +309,7 @@ def test_what_is_ambiguous_or_not_there_is_said(hub) -> None:
 
 def test_a_listing_with_paths_that_lead_elsewhere_is_refused(hub) -> None:
     """Nothing outside the cache folder can be written by what a server says."""
-    for name in ("../../x.parquet", "/etc/x.parquet"):
+    for name in ("../../x.parquet", "/etc/x.parquet", "x\0.parquet"):
         hub.commit("o/evil", {name: small("x")})
         with pytest.raises(DataError, match="lists a file without path, size or hash"):
             open_source("hf:o/evil")
@@ -443,6 +444,18 @@ def test_an_answer_that_is_not_the_api_is_said(hub) -> None:
     hub.refs["o/n", "main"] = "main"
     hub.commits["o/n", "main"] = SHARDS
     with pytest.raises(DataError, match=r"names no commit.\n  got: 'main'"):
+        open_source("hf:o/n")
+
+
+def test_an_endless_answer_is_cut(hub, monkeypatch) -> None:
+    hub.commit("o/n", SHARDS)
+    monkeypatch.setattr(download, "DOCUMENT_BYTES", 100)
+    with pytest.raises(DataError, match=r"the answer is longer than 100 bytes"):
+        open_source("hf:o/n")
+    monkeypatch.setattr(download, "DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(regpt.data.hub, "MOST_PAGES", 2)
+    hub.page = 1
+    with pytest.raises(DataError, match=r"/tree/\w+ has no end.\n  got: 1 files so far"):
         open_source("hf:o/n")
 
 
@@ -641,6 +654,7 @@ def test_a_named_set_is_validated_on_its_own_split(hub, tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert opened(source="tinystories", val_source="mine.txt") == (train, ["mine.txt"], None)
     assert opened(source="mine.txt", val_source="tinystories") == (["mine.txt"], val, None)
+    assert opened(source="mine.txt", val_source="tinystories-v2") == (["mine.txt"], v2[1], None)
     (tmp_path / "tinystories").write_text("a file of that name")
     assert opened(source="tinystories") == (["tinystories"], None, 0.005)
     assert texts(open_source("tinystories-v2"), tmp_path / "w")[0].startswith('{"text"')

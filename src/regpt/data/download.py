@@ -36,6 +36,7 @@ LONGEST_WAIT_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0  # a server that asks for more is given up
 OTHER_PROCESS_S = 1.0  # between two looks whether another process has finished the same file
 BLOCK_BYTES = 1 << 20
+DOCUMENT_BYTES = 64 << 20  # a list of a thousand files takes a fraction of a megabyte
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that another attempt may not meet."""
 
@@ -101,7 +102,11 @@ class Client:
         """
         for tried in self._tries(url):
             with tried, self._reply(url, {}) as reply:
-                content = _read(reply)
+                content = b""
+                while block := _read(reply, BLOCK_BYTES):
+                    content += block
+                    if len(content) > DOCUMENT_BYTES:
+                        raise _Passing(f"the answer is longer than {DOCUMENT_BYTES:,} bytes", wrong=True)
                 length = reply.headers.get("Content-Length")
                 if length is not None and length.isdecimal() and int(length) != len(content):
                     raise _Passing(f"the connection ended after {len(content):,} of {int(length):,} bytes")
@@ -241,13 +246,10 @@ def _is_there(path: Path, size: int) -> bool:
     return False
 
 
-def _read(reply: http.client.HTTPResponse, size: int | None = None) -> bytes:
+def _read(reply: http.client.HTTPResponse, size: int) -> bytes:
+    """What has come so far, so that a cut loses nothing; b"" at the end."""
     try:
-        return (
-            reply.read() if size is None else reply.read1(size)
-        )  # what has come so far, so a cut loses nothing
-    except http.client.IncompleteRead as e:
-        return e.partial
+        return reply.read1(size)
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise _Passing(str(e) or type(e).__name__) from None
 

@@ -23,7 +23,7 @@ from email.message import Message
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
-from urllib.parse import quote, urljoin
+from urllib.parse import quote, urlsplit
 
 from regpt.data.download import ATTEMPTS, Client, Note, RemoteFile, Unreachable
 from regpt.data.layout import choose
@@ -40,6 +40,7 @@ HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAIN = "main"
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps its own conversion of what is no parquet
 TREE_FORMAT = 1
+MOST_PAGES = 10_000  # of a thousand files each
 SAID_S = 10.0  # between two sentences about one download
 
 
@@ -280,17 +281,23 @@ class _Hub:
         return Tree(commit, tuple(Entry(*f) for f in values["files"]), values["readme"])
 
     def _ask_tree(self, commit: str) -> dict[str, Any]:
-        url: str | None = (
-            f"{self.endpoint}/api/datasets/{self.repo}/tree/{commit}?recursive=true&expand=false"
-        )
+        base = f"{self.endpoint}/api/datasets/{self.repo}/tree/{commit}"
+        query = "recursive=true&expand=false"
         files: list[tuple[str, int, str]] = []
-        while url:
+        for _ in range(MOST_PAGES):
+            url = f"{base}?{query}"
             listed, headers = self._json(url, of=list)
             files += [
                 _entry(f, url) for f in listed if not isinstance(f, dict) or f.get("type") != "directory"
             ]
             following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "")
-            url = urljoin(url, following[1]) if following else None
+            if following is None:
+                break
+            query = urlsplit(
+                following[1]
+            ).query  # no more of it: a mirror may pass on links to the hub itself
+        else:
+            raise DataError(f"{base} has no end.", got=f"{len(files):,} files so far")
         readme = None
         if any(path == "README.md" for path, _, _ in files) and self.client:
             content, _ = self.client.get(f"{self.endpoint}/datasets/{self.repo}/resolve/{commit}/README.md")
@@ -356,7 +363,12 @@ def _entry(listed: Any, url: str) -> tuple[str, int, str]:
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         large = listed.get("lfs") or {}
         path, size, digest = listed["path"], listed["size"], large.get("oid") or listed["oid"]
-        plain = isinstance(path, str) and not path.startswith("/") and ".." not in path.split("/")
+        plain = (
+            isinstance(path, str)
+            and path.isprintable()
+            and not path.startswith("/")
+            and ".." not in path.split("/")
+        )
         if plain and isinstance(size, int) and size >= 0 and HASH.fullmatch(digest.removeprefix("sha256:")):
             return path, size, digest.removeprefix("sha256:")
     raise DataError(f"{url} lists a file without path, size or hash.", got=repr(listed)[:200])

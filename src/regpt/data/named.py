@@ -13,7 +13,7 @@ class NamedSet:
     spec: str | None = None
     """`hf:…`, as `--data.source` takes it. None: regpt gets it another way."""
     val_spec: str | None = None
-    """Where its own validation text lies, if not in `spec`."""
+    """Where its own validation text lies, if not in a split of `spec`."""
     val_split: str | None = None
     """Its own validation split. None: it has none."""
     download: str
@@ -49,7 +49,7 @@ NAMED_SETS = {
         about="the same by GPT-4 alone",
         spec=f"{STORIES}:TinyStoriesV2-GPT4-train.txt",
         val_spec=f"{STORIES}:TinyStoriesV2-GPT4-valid.txt",
-        val_split="train",
+        val_split="validation",
         download="2.2 GB",
         tokens="540 M",
         licence="CDLA-Sharing-1.0",
@@ -93,7 +93,7 @@ NAMED_SETS = {
     "fineweb-edu": NamedSet(
         about="the same, all of it",
         spec=f"{EDU}:default",
-        download="4 to 5 TB",
+        download="4 TB or more",
         tokens="1.3 T or more",
         licence="ODC-By-1.0",
     ),

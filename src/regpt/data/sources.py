@@ -43,7 +43,7 @@ from regpt.data.documents import (
 )
 from regpt.data.download import Note
 from regpt.data.hub import PREFIX, Files, Spec, find
-from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES
+from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES, NamedSet
 from regpt.errors import DataError, did_you_mean, missing_package
 from regpt.paths import user_path
 from regpt.tokenizers.download import cache_folder, fetch
@@ -308,13 +308,12 @@ def open_source(
     Raises:
         DataError: nothing is called so, or there is no file in it.
     """
-    path = user_path(spec)
-    named = NAMED_SETS.get(spec)
+    path, named = user_path(spec), _named(spec)
     if spec == "shakespeare" and not path.exists():
         path = _shakespeare(network)
         return Source(spec, spec, (SourceFile.of(path, spec),))
-    if spec.startswith(PREFIX) or (named and named.spec and not path.exists()):
-        return _from_hub(spec, named.spec or spec if named else spec, text_field, split, network, note)
+    if (hub_spec := named.spec if named else spec if spec.startswith(PREFIX) else None) is not None:
+        return _from_hub(spec, hub_spec, text_field, split, network, note)
     skipped: Counter[str] = Counter()
     if spec == "python-stdlib" and not path.exists():
         library = Path(sysconfig.get_path("stdlib"))
@@ -428,14 +427,15 @@ def open_sources(
     def opened(spec: str, split: str) -> Source:
         return open_source(spec, text_field=d.text_field, split=split, network=network, note=note)
 
-    source, named = opened(d.source, d.split), NAMED_SETS.get(d.source)
-    val_split = d.val_split or "validation"
+    def held_out(spec: str) -> Source:
+        named = _named(spec)
+        return opened((named and named.val_spec) or spec, d.val_split or "validation")
+
+    source, named = opened(d.source, d.split), _named(d.source)
     if d.val_source is not None:
-        val_source = opened(d.val_source, val_split)
-    elif d.val_split is not None:
-        val_source = opened(d.source, val_split)
-    elif named and named.val_split and d.val_fraction is None and not user_path(d.source).exists():
-        val_source = opened(named.val_spec or d.source, named.val_split)
+        val_source = held_out(d.val_source)
+    elif d.val_split is not None or (named and named.val_split and d.val_fraction is None):
+        val_source = held_out(d.source)
     else:
         return source, None, VAL_FRACTION if d.val_fraction is None else d.val_fraction
     both = {f.known_hash for f in source.files} & {f.known_hash for f in val_source.files} - {None}
@@ -446,6 +446,11 @@ def open_sources(
             hint="another --val-split, or --val-fraction to hold documents out",
         )
     return source, val_source, None
+
+
+def _named(spec: str) -> NamedSet | None:
+    """The named set that `spec` is, unless a file is called so."""
+    return None if user_path(spec).exists() else NAMED_SETS.get(spec)
 
 
 def missing_on(disk: Path, *sources: Source | None) -> int:
