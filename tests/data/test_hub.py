@@ -26,7 +26,7 @@ from regpt.data.named import NAMED_SETS
 from regpt.data.prepare import prepare
 from regpt.data.shards import Shards
 from regpt.data.sources import Source, is_remote, open_source, open_sources
-from regpt.errors import ConfigError, DataError
+from regpt.errors import ConfigError, DataError, DeviceError
 from regpt.tokenizers import load_tokenizer, open_tokenizer
 
 pytestmark = pytest.mark.network
@@ -525,6 +525,22 @@ def test_files_come_one_by_one_the_next_one_ahead(hub, tmp_path) -> None:
     assert cut.read_bytes() == SHARDS[FIRST]
 
 
+def test_a_long_download_says_how_far_it_is(hub, monkeypatch) -> None:
+    """Now and then: the file, how much of it, which of how many, how fast, how long for all."""
+    hub.commit(
+        "o/n",
+        {
+            FIRST: parquet([f"document {i}" for i in range(200_000)]),
+            "data/train-00001-of-00003.parquet": b"x",
+        },
+    )
+    monkeypatch.setattr(regpt.data.hub, "SAID_S", 0.0)
+    said: list[str] = []
+    open_source("hf:o/n", note=said.append).files[0].local()
+    pattern = r"downloading data/train-00000-of-00003.parquet: \d of \d MB, file 1 of 2, [\d.,]+ MB/s, \d+ min left for all"
+    assert any(re.fullmatch(pattern, s) for s in said)
+
+
 def test_the_fingerprint_follows_the_files_not_the_commit(hub) -> None:
     """A new README makes a new commit of the same text; a pinned commit stays what it was."""
     first = hub.commit("o/n", SHARDS)
@@ -574,6 +590,28 @@ def test_no_room_is_said_before_the_first_byte(hub, tmp_path, monkeypatch) -> No
     free(size + 1)
     with pytest.raises(DataError, match=r"disk full: .* of text and the download 0.01 MB more"):
         prepare(open_source("hf:o/n"), open_tokenizer("bytes"), tmp_path / "out", val_fraction=0.1)
+    assert not hub.asked("/cdn/")
+
+
+def test_a_cache_that_cannot_be_written_is_said(hub, tmp_path, monkeypatch) -> None:
+    hub.commit("o/n", SHARDS)
+    source = open_source("hf:o/n")
+    (tmp_path / "cache/hub/o--n/files").write_text("a file in the way")
+    with pytest.raises(
+        DataError, match=r"cannot write .*o--n/files.*: File exists.\n  try: REGPT_CACHE=FOLDER"
+    ):
+        source.files[0].local()
+    monkeypatch.setenv("REGPT_CACHE", str(tmp_path / "cache/hub/o--n/files"))
+    with pytest.raises(DataError, match=r"cannot write .*/refs/main.json: Not a directory"):
+        open_source("hf:o/n")
+
+
+def test_what_reads_parquet_is_missed_before_the_download(hub, tmp_path, monkeypatch) -> None:
+    hub.commit("o/n", SHARDS)
+    source = open_source("hf:o/n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="reading parquet files needs the package pyarrow"):
+        list(source.parts(tmp_path))
     assert not hub.asked("/cdn/")
 
 
@@ -655,6 +693,11 @@ def test_a_named_set_is_validated_on_its_own_split(hub, tmp_path) -> None:
     assert opened(source="tinystories", val_source="mine.txt") == (train, ["mine.txt"], None)
     assert opened(source="mine.txt", val_source="tinystories") == (["mine.txt"], val, None)
     assert opened(source="mine.txt", val_source="tinystories-v2") == (["mine.txt"], v2[1], None)
+    for wrong in ({"split": "dev"}, {"val_split": "dev"}, {"val_split": "dev", "val_source": "mine.txt"}):
+        with pytest.raises(
+            ConfigError, match=r"split=dev: mine.txt has no splits; data sets of the hub have"
+        ):
+            opened(source="mine.txt", **wrong)
     (tmp_path / "tinystories").write_text("a file of that name")
     assert opened(source="tinystories") == (["tinystories"], None, 0.005)
     assert texts(open_source("tinystories-v2"), tmp_path / "w")[0].startswith('{"text"')

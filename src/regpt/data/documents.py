@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import importlib.util
 import json
 import mmap
 import re
@@ -349,13 +350,18 @@ def _unescaped(data: mmap.mmap, begin: int, stop: int, where: Callable[[], str])
 # --- parquet ------------------------------------------------------------------------------------------------
 
 
+def require_parquet() -> None:
+    """Raises DeviceError where nothing is installed that reads parquet: said before a corpus is downloaded in vain."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise missing_package("pyarrow", "data", "reading parquet files")
+
+
 @contextlib.contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise missing_package("pyarrow", "data", "reading parquet files") from None
+    require_parquet()
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             yield file

@@ -40,6 +40,7 @@ HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAIN = "main"
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps its own conversion of what is no parquet
 TREE_FORMAT = 1
+ELSEWHERE = "REGPT_CACHE=FOLDER on another disk"
 MOST_PAGES = 10_000  # of a thousand files each
 SAID_S = 10.0  # between two sentences about one download
 
@@ -136,8 +137,7 @@ class Files:
             if (error := self._failed.pop(number, None)) is not None:
                 raise error
         if not self.is_here(number):
-            self._check_room()
-            self._fetch(number)
+            self._fetch(number, check_room=True)
         following = number + 1
         if following < len(self.entries) and not self.is_here(following) and following not in self._coming:
             self._coming[following] = threading.Thread(target=self._ahead, args=(following,), daemon=True)
@@ -150,7 +150,7 @@ class Files:
         except BaseException as e:  # said when the file is needed
             self._failed[number] = e
 
-    def _fetch(self, number: int) -> None:
+    def _fetch(self, number: int, *, check_room: bool = False) -> None:
         entry = self.entries[number]
         if self.client is None:
             raise DataError(
@@ -159,18 +159,28 @@ class Files:
                 hint="unset HF_HUB_OFFLINE once, or copy regpt's cache folder from a machine that has them",
             )
         remote = RemoteFile(self.url + quote(entry.path), entry.size, entry.digest)
-        said, begun = 0.0, monotonic()
+        began = said = monotonic()
+        began_with: int | None = None
 
         def progress(have: int) -> None:
-            nonlocal said
-            if (now := monotonic()) - max(said, begun) > SAID_S:
-                said = now
-                which = f"file {number + 1} of {len(self.entries)}"
+            nonlocal said, began_with
+            began_with = have if began_with is None else began_with
+            if (now := monotonic()) - said > SAID_S:
+                said, rate = now, (have - began_with) / (now - began)
+                left = f", {self.missing_bytes / rate / 60:,.0f} min left for all" if rate else ""
                 self.note(
-                    f"downloading {entry.path}: {have / 1e6:,.0f} of {entry.size / 1e6:,.0f} MB, {which}"
+                    f"downloading {entry.path}: {have / 1e6:,.0f} of {entry.size / 1e6:,.0f} MB, file {number + 1} of "
+                    f"{len(self.entries)}, {rate / 1e6:,.1f} MB/s{left}"
                 )
 
-        self.client.fetch(remote, self.path(number), progress)
+        try:
+            if check_room:
+                self._check_room()
+            self.client.fetch(remote, self.path(number), progress)
+        except OSError as e:  # of the disk; those of the network are told apart before
+            raise DataError(
+                f"cannot write {e.filename or self.path(number)}: {e.strerror or e}.", hint=ELSEWHERE
+            ) from None
 
     def _check_room(self) -> None:
         """Refuse before the first byte what cannot fit."""
@@ -180,7 +190,7 @@ class Files:
             raise DataError(
                 f"disk full: {self.spec} takes {needed / 1e9:,.1f} GB more in {self.folder}.",
                 got=f"{free / 1e9:,.1f} GB free",
-                hint="REGPT_CACHE=FOLDER on another disk",
+                hint=ELSEWHERE,
             )
 
 

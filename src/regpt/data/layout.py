@@ -7,6 +7,7 @@ files. The rules are those of the `datasets` library, whose loading scripts are 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -187,7 +188,7 @@ def _says(names: Iterable[str], split: str) -> bool:
 def _one_form(paths: Sequence[str]) -> list[str]:
     """Of files in several forms those of the commonest, parquet before others."""
     form = {p: READABLE.search(p)[1].lower().partition(".")[0] for p in paths}  # type: ignore[index]
-    counts = {f: list(form.values()).count(f) for f in form.values()}
+    counts = Counter(form.values())
     if not counts:
         return []
     kept = max(counts, key=lambda f: (counts[f], f == "parquet", f))

@@ -38,13 +38,14 @@ from regpt.data.documents import (
     Part,
     TextScan,
     cut_near,
+    require_parquet,
     row_groups,
     text_rows,
 )
 from regpt.data.download import Note
 from regpt.data.hub import PREFIX, Files, Spec, find
 from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES, NamedSet
-from regpt.errors import DataError, did_you_mean, missing_package
+from regpt.errors import ConfigError, DataError, did_you_mean, missing_package
 from regpt.paths import user_path
 from regpt.tokenizers.download import cache_folder, fetch
 
@@ -189,6 +190,8 @@ class Source:
         Args:
             work: a folder for pieces of packed files; who reads such a part (`Part.temporary`) deletes it.
         """
+        if any(f.form == "parquet" for f in self.files):
+            require_parquet()
         if self.rows_are_lines:
             yield from self._article_parts(work / "articles")
             return
@@ -437,15 +440,20 @@ def open_sources(
     elif d.val_split is not None or (named and named.val_split and d.val_fraction is None):
         val_source = held_out(d.source)
     else:
-        return source, None, VAL_FRACTION if d.val_fraction is None else d.val_fraction
-    both = {f.known_hash for f in source.files} & {f.known_hash for f in val_source.files} - {None}
-    if both:
+        val_source = None
+    for name, split, of in (("split", d.split, source), ("val_split", d.val_split, val_source)):
+        if split not in (None, "train") and of is not None and not of.files[0].remote:
+            raise ConfigError(f"data.{name}={split}: {of.spec} has no splits; data sets of the hub have.")
+    held = {f.known_hash for f in val_source.files if f.remote} if val_source else set()
+    if val_source and (both := held & {f.known_hash for f in source.files}):
         raise DataError(
             f"{val_source.spec} is part of the training text.",
             got=f"{len(both)} files in both",
             hint="another --val-split, or --val-fraction to hold documents out",
         )
-    return source, val_source, None
+    if val_source is not None:
+        return source, val_source, None
+    return source, None, VAL_FRACTION if d.val_fraction is None else d.val_fraction
 
 
 def _named(spec: str) -> NamedSet | None:
