@@ -21,7 +21,7 @@ batches: 64 rows of 1,024 ids and their targets, out of one file of random ids o
 before so that it lies in the page cache; each figure is the median of a process of its own, processes take turns.
 
 nanogpt           what its get_batch does: open the file anew, draw, copy each row, stack
-regpt             `Loader.batch`, permuted windows, over the same file as shards of 100 million ids, memory kept as a run keeps it
+regpt             `Loader.batch`, permuted windows, over the same file as shards of 100 million ids; memory as a run keeps it
 gather            one fancy index into the file; view: one into all its windows (`sliding_window_view`); neither is random
                   without replacement, or knows of shards; a lower bound of what NumPy can do
 

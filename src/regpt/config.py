@@ -25,20 +25,29 @@ SHARD_TOKENS = 100_000_000  # ids in one file of shards, unless asked otherwise
 # --- the tree --------------------------------------------------------------------------------------------------------
 
 
+VAL_FRACTION = 0.005  # held out where nobody says how much, and there is no validation text
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it is split and sampled."""
 
     source: str = ""
-    """A file, folder, glob, named set (shakespeare, python-stdlib) or a prepared shard directory."""
+    """A file, folder, glob, named set (shakespeare, tinystories, fineweb-edu-10bt …: docs/data.md), a data set of the
+    hub (hf:owner/name[:config][@revision]), or a prepared shard directory."""
     dir: str | None = None
     """Where prepared shards are kept. None: data/<source>-<tokenizer>-<fingerprint>."""
     text_field: str = "text"
     """The field that holds the text in JSONL and parquet sources."""
-    val_fraction: float = 0.005
-    """Share of documents held out for validation; of a single text, its last part by position."""
+    split: str = "train"
+    """The split of a hub data set to train on."""
+    val_fraction: float | None = None
+    """Share of documents held out for validation; of a single text, its last part by position. None: the validation
+    split of a named set that has one, else 0.005."""
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
+    val_split: str | None = None
+    """The split of a hub data set to validate on: of `val_source`, or of `source` if that is not set."""
     dedup: bool = False
     """Leave out documents whose text is that of an earlier one."""
     min_chars: int = 0

@@ -37,6 +37,8 @@ LAYERS = [
 OPTIONAL = [
     "pyarrow",
     "zstandard",
+    "yaml",
+    "huggingface_hub",
     "tensorboard",
     "wandb",
     "transformers",

@@ -18,6 +18,7 @@ from regpt.cli.parse import CommonArgs, Output, parse
 OPTIONAL = {
     "pyarrow": ("parquet sources", "data"),
     "zstandard": (".zst sources", "data"),
+    "pyyaml": ("data sets of the hub", "data"),
     "tensorboard": ("--track.tensorboard", "track"),
     "wandb": ("--track.wandb", "track"),
 }

@@ -1,8 +1,13 @@
-"""Turn text into token shards: a file, a folder, a glob, or a named set (shakespeare, python-stdlib)."""
+"""Turn text into token shards: a file, a folder, a glob, a data set of the Hugging Face hub, or a named set.
+
+Named sets: shakespeare, python-stdlib, tinystories, tinystories-v2, wikitext-103, openwebtext, fineweb-edu-10bt,
+fineweb-edu-100bt, fineweb-edu-350bt, fineweb-edu (docs/data.md).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +20,7 @@ from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
 
 if TYPE_CHECKING:
     from regpt.data.shards import Manifest
+    from regpt.data.sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +28,7 @@ class Args(CommonArgs):
     """Arguments of `regpt prepare SOURCE --out DIR`."""
 
     source: tyro.conf.Positional[str]
-    """Text, JSONL or parquet (.gz, .xz, .zst too), a folder of them, a glob, shakespeare or python-stdlib."""
+    """Text, JSONL or parquet (.gz, .xz, .zst too), a folder, a glob, a named set, or hf:owner/name[:config][@revision]."""
     out: str
     """The folder for the shards. The same command again finishes what was stopped."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=["--tokenizer.name"])] = TokenizerConfig.name
@@ -33,10 +39,17 @@ class Args(CommonArgs):
     """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
     vocab_size: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.vocab-size"])] = TokenizerConfig.vocab_size
     """Entries of a `bpe` tokenizer trained here, <|endoftext|> included."""
-    val_fraction: Annotated[float, tyro.conf.arg(aliases=["--data.val-fraction"])] = DataConfig.val_fraction
-    """Share of documents held out for validation; of a single text, its last part. 0: none."""
+    split: Annotated[str, tyro.conf.arg(aliases=["--data.split"])] = DataConfig.split
+    """The split of a hub data set to train on."""
+    val_fraction: Annotated[float | None, tyro.conf.arg(aliases=["--data.val-fraction"])] = (
+        DataConfig.val_fraction
+    )
+    """Share of documents held out for validation; of a single text, its last part. 0: none. None: the validation split of
+    a named set that has one, else 0.005."""
     val_source: Annotated[str | None, tyro.conf.arg(aliases=["--data.val-source"])] = DataConfig.val_source
     """A separate source for validation. None: split off SOURCE."""
+    val_split: Annotated[str | None, tyro.conf.arg(aliases=["--data.val-split"])] = DataConfig.val_split
+    """The split of a hub data set to validate on: of --val-source, or of SOURCE if there is none."""
     text_field: Annotated[str, tyro.conf.arg(aliases=["--data.text-field"])] = DataConfig.text_field
     """The field that holds the text in JSONL and parquet."""
     dedup: Annotated[bool, tyro.conf.arg(aliases=["--data.dedup"])] = DataConfig.dedup
@@ -68,7 +81,7 @@ def main(argv: list[str]) -> int:
         workers_for,
     )
     from regpt.data.request import Request, Selection, Slice
-    from regpt.data.sources import open_source
+    from regpt.data.sources import open_sources
 
     out, begun = Output(args), time.monotonic()
     selection = Selection(
@@ -78,19 +91,18 @@ def main(argv: list[str]) -> int:
         slice=Slice.parse(args.slice) if args.slice is not None else None,
     )
     selection.check()
-    source = open_source(args.source, text_field=args.text_field)
-    val_source = (
-        open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
-    )
+    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
+    if download := describe_download(source, val_source):
+        out.info(download)
     tokenizer = tokenizer_for(
         TokenizerConfig(name=args.tokenizer, vocab_size=args.vocab_size, files=args.tokenizer_files),
         source,
         val_source,
-        args.val_fraction,
+        val_fraction or 0,
         lambda event, step, values: out.info(values["text"]) if event == "info" else None,
         min_chars=args.min_chars,
     )
-    request = Request(source, args.val_fraction, val_source, tokenizer, args.shard_tokens, selection)
+    request = Request(source, val_fraction, val_source, tokenizer, args.shard_tokens, selection)
     workers = args.workers or workers_for(source)
     seconds = estimated_seconds(request, workers)
     out.info(
@@ -103,14 +115,14 @@ def main(argv: list[str]) -> int:
             source,
             tokenizer,
             Path(args.out),
-            val_fraction=args.val_fraction,
+            val_fraction=val_fraction or 0,
             val_source=val_source,
             selection=selection,
             workers=args.workers,
             shard_tokens=args.shard_tokens,
             progress=lambda done, _: bar.update(done),
         )
-    if not selection.slice and (unusual := unusual_split(manifest, args.val_fraction)):
+    if not selection.slice and (unusual := unusual_split(manifest, val_fraction or 0)):
         out.warn(unusual)
     report(out, args.out, manifest, time.monotonic() - begun)
     return 0
@@ -142,3 +154,28 @@ def report(out: Output, folder: str, manifest: Manifest, seconds: float) -> None
         f"next:      regpt inspect {folder}",
     ]
     out.result(result, "\n".join(lines))
+
+
+def _text(args: Args) -> DataConfig:
+    return DataConfig(
+        source=args.source,
+        text_field=args.text_field,
+        split=args.split,
+        val_fraction=args.val_fraction,
+        val_source=args.val_source,
+        val_split=args.val_split,
+    )
+
+
+def describe_download(*sources: Source | None) -> str:
+    """What is still to be downloaded, where to, and what room there is; empty where it is nothing."""
+    from regpt.data.prepare import megabytes
+    from regpt.tokenizers.download import cache_folder
+
+    missing = sum(s.missing_bytes for s in sources if s)
+    if not missing:
+        return ""
+    folder = cache_folder()
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = megabytes(shutil.disk_usage(there).free)
+    return f"{megabytes(missing)} to download into {folder} ({free} free there)"

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from regpt.config import Config, TokenizerConfig
+from regpt.config import VAL_FRACTION, Config, TokenizerConfig
 from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, facts_of, open_foreign
 from regpt.data.formats import Found, recognise
 from regpt.data.formats.base import Eot
 from regpt.data.prepare import prepare, training_texts, unusual_split
 from regpt.data.request import Selection
 from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards, TokenizerFacts
-from regpt.data.sources import Source, is_remote, open_source
+from regpt.data.sources import Source, open_sources
 from regpt.data.split import Ids, TokenSet, mapped
 from regpt.errors import ConfigError, DataError
 from regpt.paths import user_path
@@ -31,6 +31,8 @@ from regpt.tokenizers import KINDS, SIZES, Tokenizer, check_entries, load_tokeni
 
 Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
+Text = tuple[Source, Source | None, float | None]
+"""What `open_sources` gives: training text, validation text of its own, or the share to hold out."""
 TRAINED = ("chars", "bpe")
 """Tokenizers that are made from the text itself."""
 CHECKED_CHARACTERS = 1 << 16  # of a text beside nanoGPT's files
@@ -68,15 +70,16 @@ def corpus(
         )
     if found := recognise(config.data.source):
         return verified(_in_place(found, config, kept_tokenizer, listen), listen)
-    source, val_source = _sources(config)
-    folder = data_folder(config, source, val_source)
+    text = open_sources(config.data, note=lambda said: listen("info", 0, {"text": said}))
+    folder = data_folder(config, text)
     if (folder / MANIFEST).exists():
-        return verified(_prepared(folder, config, source, val_source), listen)
+        return verified(_prepared(folder, config, text), listen)
+    source, val_source, val_fraction = text
     tokenizer = tokenizer_for(
         config.tokenizer,
         source,
         val_source,
-        config.data.val_fraction,
+        val_fraction or 0,
         listen,
         min_chars=config.data.min_chars,
         kept=kept_tokenizer,
@@ -91,13 +94,13 @@ def corpus(
         source,
         tokenizer,
         folder,
-        val_fraction=config.data.val_fraction,
+        val_fraction=val_fraction or 0,
         val_source=val_source,
         selection=selection(config),
         workers=config.data.workers,
         progress=progress,
     )
-    if unusual := unusual_split(manifest, config.data.val_fraction):
+    if unusual := unusual_split(manifest, val_fraction or 0):
         listen("note", 0, {"text": unusual})
     return _prepared(folder, config)
 
@@ -139,7 +142,7 @@ def _foreign(
                 f"data.source holds tokens, data.val_source={d.val_source} does not.",
                 hint="a file or folder of tokens for both, or text for both",
             )
-    fraction = d.val_fraction
+    fraction = VAL_FRACTION if d.val_fraction is None else d.val_fraction
     return open_foreign(
         found, tokenizer, byte_lengths, val=val, val_fraction=fraction, asked=config.tokenizer.name
     )
@@ -231,12 +234,6 @@ def _chars_of(text: Path, found: Found) -> Tokenizer:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _sources(config: Config) -> tuple[Source, Source | None]:
-    d = config.data
-    val_source = None if d.val_source is None else open_source(d.val_source, text_field=d.text_field)
-    return open_source(d.source, text_field=d.text_field), val_source
-
-
 def text_identity(config: Config) -> dict[str, Any]:
     """What decides the text of a run and its split, without reading all of it: equal identity, equal text."""
     folder = user_path(config.data.source)
@@ -246,7 +243,7 @@ def text_identity(config: Config) -> dict[str, Any]:
         found = _found(config)
         assert found is not None
         return {"tokens": found.fingerprint}
-    return _asked(config, *_sources(config))
+    return _asked(config, open_sources(config.data))
 
 
 def selection(config: Config) -> Selection:
@@ -255,26 +252,27 @@ def selection(config: Config) -> Selection:
     return Selection(dedup=d.dedup, min_chars=d.min_chars, shuffle_seed=d.shuffle_seed)
 
 
-def _asked(config: Config, source: Source, val_source: Source | None) -> dict[str, Any]:
+def _asked(config: Config, text: Text) -> dict[str, Any]:
     """The text and its split, as manifests keep them."""
+    source, val_source, val_fraction = text
     return {
         "source": source.fingerprint,
         "val_source": val_source.fingerprint if val_source else None,
-        "val_fraction": config.data.val_fraction,
+        "val_fraction": val_fraction,
     } | selection(config).asked()
 
 
-def data_folder(config: Config, source: Source, val_source: Source | None = None) -> Path:
+def data_folder(config: Config, text: Text) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
         return user_path(config.data.dir)
     name = config.tokenizer.name
-    asked = _asked(config, source, val_source) | {
+    asked = _asked(config, text) | {
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("data") / f"{source.name}-{Path(name).name}-{key}"
+    return Path("data") / f"{text[0].name}-{Path(name).name}-{key}"
 
 
 def tokenizer_for(
@@ -330,16 +328,16 @@ def known_corpus(config: Config) -> tuple[int, bool, TokenSet | None]:
 def _found(config: Config) -> TokenSet | None:
     """The tokens of `config` if they lie here."""
     folder = user_path(config.data.source)
-    if not config.data.source or is_remote(config.data.source):
+    if not config.data.source:
         return None
     if (folder / MANIFEST).exists():
         return _prepared(folder, config)[1]
     if files := recognise(config.data.source):
         return _foreign(files, config, *_facts_at_once(files, config))
     try:
-        folder = data_folder(config, *_sources(config))
+        folder = data_folder(config, open_sources(config.data, network=False))
     except DataError:
-        return None  # the text is not on this machine; a plan does not need it
+        return None  # the text is not on this machine, or not known here; a plan does not need it
     return _prepared(folder, config)[1] if (folder / MANIFEST).exists() else None
 
 
@@ -353,20 +351,17 @@ def _facts_at_once(found: Found, config: Config) -> tuple[TokenizerFacts, Callab
     return facts_of(tokenizer), partial(byte_lengths_of, tokenizer)
 
 
-def _prepared(
-    folder: Path, config: Config, source: Source | None = None, val_source: Source | None = None
-) -> tuple[Tokenizer, Shards]:
+def _prepared(folder: Path, config: Config, text: Text | None = None) -> tuple[Tokenizer, Shards]:
     """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer or text."""
     shards = Shards.open(folder)
     manifest = shards.manifest
-    if source is not None:
-        asked = {f.name: None for f in dataclasses.fields(Selection)} | _asked(config, source, val_source)
-        asked["val_fraction"] = None if val_source else config.data.val_fraction
+    if text is not None:
+        asked = {f.name: None for f in dataclasses.fields(Selection)} | _asked(config, text)
         other = [name for name, value in asked.items() if manifest.request.get(name) != value]
         if other:
             raise DataError(
                 f"{folder} was made from {manifest.source.spec} by another request; different: {', '.join(other)}.",
-                expected=f"shards of {source.spec} as it is now",
+                expected=f"shards of {text[0].spec} as it is now",
                 hint="another --data.dir, or none",
             )
     tokenizer = load_tokenizer(folder / TOKENIZER)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import mmap
 import os
@@ -377,13 +378,18 @@ def _unescaped(data: mmap.mmap, begin: int, stop: int, where: Callable[[], str])
 # --- parquet ------------------------------------------------------------------------------------------------
 
 
+def require_parquet() -> None:
+    """Raises DeviceError where nothing is installed that reads parquet: said before a corpus is downloaded in vain."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise missing_package("pyarrow", "data", "reading parquet files")
+
+
 @contextlib.contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise missing_package("pyarrow", "data", "reading parquet files") from None
+    require_parquet()
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             yield file
@@ -405,6 +411,16 @@ def row_groups(path: Path, text_field: str) -> int:
         if kind not in ("string", "large_string", "binary", "large_binary"):
             raise DataError(f"{path}: the field {text_field!r} is not text.", got=kind)
         return int(file.num_row_groups)
+
+
+def text_rows(path: Path, text_field: str) -> Iterator[tuple[float, str | None]]:
+    """Every row of a parquet file, with the share of the file's rows that end there."""
+    with _parquet_file(path) as file:
+        done, total = 0, max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(1024, columns=[text_field], use_threads=False):
+            for row in batch.column(0).to_pylist():
+                done += 1
+                yield done / total, row
 
 
 def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:

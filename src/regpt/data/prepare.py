@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from regpt.data.shards import (
     dtype_for,
 )
 from regpt.data.shuffle import shuffle
-from regpt.data.sources import PART_BYTES, Source
+from regpt.data.sources import PART_BYTES, Source, missing_on
 from regpt.data.stored import shard_files
 from regpt.data.workers import document_hash, tokenizing
 from regpt.data.writer import SplitWriter
@@ -105,7 +105,8 @@ def prepare(
     )
     if done := finished(out, request.facts, tokenizer.kind):
         return done
-    check_disk(out, estimated_bytes(request), request.source_bytes)
+    sources = [s for s in (source, val_source) if s]
+    check_disk(out, estimated_bytes(request), request.source_bytes, sources)
     with partial_folder(out) as work:
         if done := finished(out, request.facts, tokenizer.kind):  # by another process, while we came here
             return done
@@ -183,7 +184,7 @@ def estimated_bytes(request: Request) -> int:
 
 def estimated_seconds(request: Request, workers: int) -> float | None:
     """What tokenising may take, by the speed of the source's first megabyte; None for little text, or where it fails."""
-    if request.source_bytes < WORTH_ESTIMATING_BYTES:
+    if request.source_bytes < WORTH_ESTIMATING_BYTES or request.source.missing_bytes:
         return None
     took, size = 0.0, 0
     with (
@@ -219,16 +220,18 @@ def unusual_split(manifest: Manifest, val_fraction: float) -> str | None:
     )
 
 
-def check_disk(out: Path, needed: int, text_bytes: int) -> None:
-    """Refuse, before any work, what cannot fit; `needed` bytes for so many of text."""
+def check_disk(out: Path, needed: int, text_bytes: int, sources: Sequence[Source] = ()) -> None:
+    """Refuse, before any work, what cannot fit: `needed` bytes for so many of text, and what is to be downloaded."""
     needed -= sum(p.stat().st_size for p in (_work_folder(out) / SHARDS).glob("*.*"))  # done before a crash
     folder = next(p for p in (out, *out.parents) if p.exists())
     if not os.access(folder, os.W_OK):
         raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    coming = missing_on(folder, *sources)
+    if needed + coming > free:
+        download = f" and the download {megabytes(coming)} more" if coming else ""
         raise DataError(
-            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text_bytes)} of text.",
+            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text_bytes)} of text{download}.",
             got=f"{megabytes(free)} free",
             hint=MORE_SPACE,
         )

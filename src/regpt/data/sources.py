@@ -1,4 +1,4 @@
-"""Where text comes from: a file, folder, glob or named set, as a list of files and then as parts to work on.
+"""Where text comes from, a file, folder, glob, named set or data set of the hub: a list of files, then parts to work on.
 
 Nothing is read whole: a part is a range of a file that one process turns into documents (`regpt.data.documents`)
 without seeing the rest.
@@ -11,6 +11,8 @@ import dataclasses
 import glob
 import gzip
 import io
+import itertools
+import json
 import lzma
 import mmap
 import os
@@ -26,8 +28,24 @@ from typing import Any, BinaryIO, Literal, cast
 
 import xxhash
 
-from regpt.data.documents import DELIMITERS, PIECE_BYTES, Form, Fragment, Part, TextScan, cut_near, row_groups
-from regpt.errors import DataError, did_you_mean, missing_package
+from regpt.config import VAL_FRACTION, DataConfig
+from regpt.data.articles import articles
+from regpt.data.documents import (
+    DELIMITERS,
+    PIECE_BYTES,
+    Form,
+    Fragment,
+    Part,
+    TextScan,
+    cut_near,
+    require_parquet,
+    row_groups,
+    text_rows,
+)
+from regpt.data.download import Note
+from regpt.data.hub import PREFIX, Files, Spec, find
+from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES, NamedSet
+from regpt.errors import ConfigError, DataError, did_you_mean, missing_package
 from regpt.paths import user_path
 from regpt.tokenizers.download import cache_folder, fetch
 
@@ -40,7 +58,6 @@ CONTENT_BYTES = (
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-NAMED_SETS = ("shakespeare", "python-stdlib")
 # Not library code, or large tables that are no prose in any language (encodings, pydoc_data).
 NOT_LIBRARY = {
     "site-packages",
@@ -68,19 +85,35 @@ class SourceFile:
     form: Form
     packing: Literal["", ".gz", ".xz", ".zst"]
     size: int
+    remote: tuple[Files, int] | None = field(default=None, compare=False, repr=False)
+    """The download that it is a file of, and its number there."""
 
     @classmethod
-    def of(cls, path: Path, label: str) -> SourceFile:
-        """The file at `path`; its form follows from its name."""
+    def of(cls, path: Path, label: str, remote: tuple[Files, int] | None = None) -> SourceFile:
+        """The file at `path`; its form follows from its name. It need not be there yet if it is `remote`."""
         suffixes = [s.lower() for s in path.suffixes[-2:]]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         inner = suffixes[-1] if suffixes else ""
         form: Form = (
-            "jsonl" if inner in (".jsonl", ".ndjson") else "parquet" if inner == ".parquet" else "text"
+            "jsonl"
+            if inner in (".jsonl", ".ndjson") or (remote and inner == ".json")
+            else "parquet"
+            if inner == ".parquet"
+            else "text"
         )
         if form == "parquet" and packing:
             raise DataError(f"{path}: parquet is packed inside already; unpack the {packing} around it.")
-        return cls(path, label, form, cast(Literal["", ".gz", ".xz", ".zst"], packing), path.stat().st_size)
+        size = remote[0].entries[remote[1]].size if remote else path.stat().st_size
+        return cls(path, label, form, cast(Literal["", ".gz", ".xz", ".zst"], packing), size, remote)
+
+    def local(self) -> Path:
+        """Where it lies on this machine, downloaded now if it is not here."""
+        return self.remote[0].local(self.remote[1]) if self.remote else self.path
+
+    @property
+    def known_hash(self) -> str | None:
+        """The hash that its server lists; None of a file of this machine."""
+        return self.remote[0].entries[self.remote[1]].digest if self.remote else None
 
 
 @dataclass(frozen=True)
@@ -88,7 +121,7 @@ class Source:
     """Text by the name that the user gave it. Made by `open_source`."""
 
     spec: str
-    """What the user wrote."""
+    """What the user wrote; of a data set of the hub with the commit and the split that it stands for."""
     name: str
     """Short and fit for a file name."""
     files: tuple[SourceFile, ...]
@@ -96,6 +129,13 @@ class Source:
     """The field that holds the text in JSONL and parquet."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Files left out while listing, by reason."""
+    rows_are_lines: bool = False
+    """Each row is a line of an article (`regpt.data.articles`), not a document."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to be downloaded."""
+        return sum({id(f.remote[0]): f.remote[0].missing_bytes for f in self.files if f.remote}.values())
 
     @property
     def stored_bytes(self) -> int:
@@ -114,9 +154,15 @@ class Source:
         """Hex; another one when the files change: their content, or above 256 MiB their sizes and times."""
         by_content = self.stored_bytes <= CONTENT_BYTES
         digest = xxhash.xxh3_128(f"{self.text_field}\0{by_content}".encode("utf-8", "surrogateescape"))
+        if self.rows_are_lines:
+            digest.update(b"\0articles")
         for f in self.files:
             digest.update(f"\0{f.label}\0{f.size}\0".encode("utf-8", "surrogateescape"))
-            if by_content:
+            if (
+                f.known_hash
+            ):  # of a server's list, so nothing need be downloaded; the same at every commit that has it
+                digest.update(f.known_hash.encode())
+            elif by_content:
                 with open(f.path, "rb") as file:
                     while block := file.read(PIECE_BYTES):
                         digest.update(block)
@@ -146,14 +192,16 @@ class Source:
             within: only parts that begin within these of `stored_bytes`, counted through all files.
             first_file: where to begin; the same parts as if those before had been passed over.
         """
+        if any(f.form == "parquet" for f in self.files):
+            require_parquet()
         at = 0
-        for number, f in enumerate(self.files):
-            begin, end = at, at + f.size
+        for number, (files, parts) in enumerate(self._parts_by_file(work)):
+            begin, end = at, at + sum(f.size for f in files)
             at = end
             outside = within is not None and (begin >= within.stop or (end <= within.start and end > begin))
             if number < first_file or outside:
                 continue
-            for part in self._parts_of(f, work / f"unpacked-{number}"):
+            for part in parts:
                 if within is None or begin in within:
                     yield dataclasses.replace(part, file=number)
                 else:
@@ -162,7 +210,16 @@ class Source:
                         break
                 begin += part.stored_bytes
 
+    def _parts_by_file(self, work: Path) -> Iterator[tuple[tuple[SourceFile, ...], Iterator[Part]]]:
+        """The parts of each file; of articles, which go on from file to file, of all of them."""
+        if self.rows_are_lines:
+            yield self.files, self._article_parts(work / "articles")
+        else:
+            for number, f in enumerate(self.files):
+                yield (f,), self._parts_of(f, work / f"unpacked-{number}")
+
     def _parts_of(self, f: SourceFile, unpacked_prefix: Path) -> Iterator[Part]:
+        f.local()
         if f.form == "parquet":
             groups = row_groups(f.path, self.text_field)
             for g in range(groups):
@@ -203,6 +260,37 @@ class Source:
                 yield dataclasses.replace(whole, path=path, offset=offset, line=line, temporary=True)
                 offset, line, stored, number = offset + size, line + lines, done, number + 1
 
+    def _article_parts(self, prefix: Path) -> Iterator[Part]:
+        """Rows joined into articles over all files, in pieces of about PART_BYTES, as JSON lines."""
+        stored = done = 0
+
+        def rows() -> Iterator[str | None]:
+            nonlocal done
+            for f in self.files:
+                f.local()
+                row_groups(f.path, self.text_field)  # has it the field?
+                begun = done
+                for share, row in text_rows(f.path, self.text_field):
+                    done = begun + int(f.size * share)
+                    yield row
+                done = begun + f.size
+
+        every = articles(rows())
+        for number in itertools.count():
+            lines, size = [], 0
+            for article in every:
+                lines.append(json.dumps({self.text_field: article}).encode() + b"\n")
+                size += len(lines[-1])
+                if size >= PART_BYTES:
+                    break
+            if not lines:
+                return
+            path = Path(f"{prefix}-{number}")
+            path.write_bytes(b"".join(lines))
+            part = Part(str(path), self.spec, "jsonl", 0, size, done - stored, text_field=self.text_field)
+            yield dataclasses.replace(part, temporary=True)
+            stored = done
+
     def text_parts(self, work: Path, first_chars: int) -> Iterator[tuple[int, Part]]:
         """A single text as two documents, the first of `first_chars` characters: (0 or 1, part) in order.
 
@@ -210,7 +298,7 @@ class Source:
         """
         scan, f = self.scan, self.files[0]
         assert scan is not None
-        path = f.path
+        path = f.local()
         if f.packing:
             path = work / "unpacked-text"
             with unpacked(f) as (stream, _), open(path, "wb") as out:
@@ -228,16 +316,30 @@ class Source:
                     at = end
 
 
-def open_source(spec: str, *, text_field: str = "text") -> Source:
-    """The source called `spec`: a named set, a file, a folder (everything under it), or a glob.
+def open_source(
+    spec: str,
+    *,
+    text_field: str = "text",
+    split: str = "train",
+    network: bool = True,
+    note: Note = lambda _: None,
+) -> Source:
+    """The source called `spec`: a named set, a data set of the hub (`hf:…`), a file, a folder, or a glob.
+
+    Args:
+        split: of a data set of the hub; without meaning for other sources.
+        network: False asks nobody: what was not downloaded or asked for before is not found.
+        note: hears a sentence now and then while something is downloaded.
 
     Raises:
         DataError: nothing is called so, or there is no file in it.
     """
-    path = user_path(spec)
+    path, named = user_path(spec), _named(spec)
     if spec == "shakespeare" and not path.exists():
-        path = _shakespeare()
+        path = _shakespeare(network)
         return Source(spec, spec, (SourceFile.of(path, spec),))
+    if (hub_spec := named.spec if named else spec if spec.startswith(PREFIX) else None) is not None:
+        return _from_hub(spec, hub_spec, text_field, split, network, note)
     skipped: Counter[str] = Counter()
     if spec == "python-stdlib" and not path.exists():
         library = Path(sysconfig.get_path("stdlib"))
@@ -258,7 +360,7 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
     else:
         raise DataError(
             f"there is no file, folder or named set {spec!r}.{did_you_mean(spec, NAMED_SETS)}",
-            expected=f"a text, JSONL or parquet file, a folder, a glob, or one of {', '.join(NAMED_SETS)}",
+            expected=f"a text, JSONL or parquet file, a folder, a glob, hf:owner/name, or one of {', '.join(NAMED_SETS)}",
             hint="--data.source FILE (of `regpt prepare`: the first argument)",
         )
     if not files:
@@ -273,7 +375,7 @@ def open_source(spec: str, *, text_field: str = "text") -> Source:
 @contextlib.contextmanager
 def unpacked(f: SourceFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The file's bytes as a stream, and a function that tells how much of the file was read."""
-    with open(f.path, "rb") as stored:
+    with open(f.local(), "rb") as stored:
         if f.packing == ".gz":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored))
         elif f.packing == ".xz":
@@ -340,15 +442,81 @@ def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[P
         yield from (p for n in files if not n.startswith(".") and (p := Path(here, n)).is_file())
 
 
+def open_sources(
+    d: DataConfig, *, network: bool = True, note: Note = lambda _: None
+) -> tuple[Source, Source | None, float | None]:
+    """The training text of `d`, its validation text if that is one of its own, and else the share to hold out.
+
+    A named set with a validation split of its own is validated on that, unless `d` says otherwise.
+    """
+
+    def opened(spec: str, split: str) -> Source:
+        return open_source(spec, text_field=d.text_field, split=split, network=network, note=note)
+
+    def held_out(spec: str) -> Source:
+        named = _named(spec)
+        return opened((named and named.val_spec) or spec, d.val_split or "validation")
+
+    source, named = opened(d.source, d.split), _named(d.source)
+    if d.val_source is not None:
+        val_source = held_out(d.val_source)
+    elif d.val_split is not None or (named and named.val_split and d.val_fraction is None):
+        val_source = held_out(d.source)
+    else:
+        val_source = None
+    for name, split, of in (("split", d.split, source), ("val_split", d.val_split, val_source)):
+        if split not in (None, "train") and of is not None and not of.files[0].remote:
+            raise ConfigError(f"data.{name}={split}: {of.spec} has no splits; data sets of the hub have.")
+    held = {f.known_hash for f in val_source.files if f.remote} if val_source else set()
+    if val_source and (both := held & {f.known_hash for f in source.files}):
+        raise DataError(
+            f"{val_source.spec} is part of the training text.",
+            got=f"{len(both)} files in both",
+            hint="another --val-split, or --val-fraction to hold documents out",
+        )
+    if val_source is not None:
+        return source, val_source, None
+    return source, None, VAL_FRACTION if d.val_fraction is None else d.val_fraction
+
+
+def _named(spec: str) -> NamedSet | None:
+    """The named set that `spec` is, unless a file is called so."""
+    return None if user_path(spec).exists() else NAMED_SETS.get(spec)
+
+
+def missing_on(disk: Path, *sources: Source | None) -> int:
+    """Bytes that the sources still have to download onto the disk that the folder `disk` lies on."""
+    cache = cache_folder()
+    there = next(p for p in (cache, *cache.absolute().parents) if p.exists())
+    same = there.stat().st_dev == disk.stat().st_dev
+    return sum(s.missing_bytes for s in sources if s) if same else 0
+
+
 def is_remote(spec: str) -> bool:
-    """Whether `open_source` would have to download."""
-    path = cache_folder() / "tinyshakespeare.txt"
-    return spec == "shakespeare" and not Path(spec).exists() and not path.exists()
+    """Whether `open_source` would have to ask a server."""
+    try:
+        open_source(spec, network=False)
+    except DataError:
+        return spec in NAMED_SETS or spec.startswith(PREFIX)
+    return False
 
 
-def _shakespeare() -> Path:
+def _from_hub(asked: str, spec: str, text_field: str, split: str, network: bool, note: Note) -> Source:
+    """A split of a data set of the hub; its files are downloaded when they are reached."""
+    found = find(spec, split, network=network, note=note)
+    repo = Spec.parse(spec).repo
+    files = [SourceFile.of(found.path(n), e.path, (found, n)) for n, e in enumerate(found.entries)]
+    name = asked if asked in NAMED_SETS else asked.removeprefix(PREFIX).partition("@")[0]
+    full = f"{found.spec}#{split}"
+    lines = repo in ROWS_ARE_LINES and all(f.form == "parquet" for f in files)
+    return Source(full, _short(name), tuple(files), text_field, rows_are_lines=lines)
+
+
+def _shakespeare(network: bool) -> Path:
     """Tiny Shakespeare, downloaded once."""
     path = cache_folder() / "tinyshakespeare.txt"
+    if not network and not path.exists():
+        raise DataError("shakespeare has not been downloaded yet.")
     fetch(
         os.environ.get("REGPT_SHAKESPEARE_URL", SHAKESPEARE_URL),
         sha256=SHAKESPEARE_SHA256,

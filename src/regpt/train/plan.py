@@ -200,7 +200,7 @@ def _check(config: Config, vocab_size: int) -> None:
     _check_ramp(config)
     # How many steps a time budget holds is not known yet: the warm-up then follows (`train/budget.py`).
     check_schedule(config.optim, config.train.steps if config.train.minutes is None else 0)
-    if not 0 <= config.data.val_fraction < 1:
+    if config.data.val_fraction is not None and not 0 <= config.data.val_fraction < 1:
         raise ConfigError("data.val_fraction must lie in [0, 1).", got=config.data.val_fraction)
     if config.sample.tokens < 0:
         raise ConfigError("sample.tokens must not be negative.", got=config.sample.tokens)
