@@ -28,13 +28,14 @@ class DataConfig:
     """Where the text comes from and how it is split and sampled."""
 
     source: str = ""
-    """A file, folder, glob, named set (shakespeare, python-stdlib) or a prepared shard directory."""
+    """A file, folder, glob, named set (shakespeare, python-stdlib) or a prepared shard directory; or token files of
+    nanoGPT, llm.c, Megatron, datatrove or build-nanogpt."""
     dir: str | None = None
     """Where prepared shards are kept. None: data/<source>-<tokenizer>-<fingerprint>."""
     text_field: str = "text"
     """The field that holds the text in JSONL and parquet sources."""
     val_fraction: float = 0.005
-    """Share of documents held out for validation; of a single text, its last part by position."""
+    """Share of documents held out for validation; of a single text, or of token files, the last part by position."""
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
     verify: bool = True
