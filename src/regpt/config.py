@@ -28,8 +28,7 @@ class DataConfig:
     """Where the text comes from and how it is split and sampled."""
 
     source: str = ""
-    """A file, folder, glob, named set (shakespeare, python-stdlib) or a prepared shard directory; or token files of
-    nanoGPT, llm.c, Megatron, datatrove or build-nanogpt."""
+    """A file, folder, glob, named set (shakespeare, python-stdlib), prepared shards, or token files of another program."""
     dir: str | None = None
     """Where prepared shards are kept. None: data/<source>-<tokenizer>-<fingerprint>."""
     text_field: str = "text"

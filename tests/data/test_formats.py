@@ -241,6 +241,26 @@ def test_a_split_cut_by_position_keeps_its_documents(tmp_path, format) -> None:
     assert np.concatenate(parts).tolist() == whole.split("train").read(0, n).tolist()
 
 
+def test_files_of_different_types_are_one_split(tmp_path) -> None:
+    """Read as a type that holds all of them: none wraps into another id."""
+    published.write("llmc", tmp_path, "train", [[1, 2]], 257)
+    (tmp_path / "fineweb_train_000000.bin").rename(tmp_path / "a_train.bin")
+    published.write("llmc", tmp_path, "train", [[70_000, 3]], 80_000)
+    split = opened(tmp_path, 80_000).split("train")
+    assert split.rows(np.array([1, 4]), 3).tolist() == [[1, 2, 79_999], [70_000, 3, 256]]
+
+
+def test_a_folder_for_validation_has_its_own_name_for_it(tmp_path) -> None:
+    """The other set's validation files, where it has some; all of it else."""
+    for name, splits in {"a": ("train",), "b": ("train", "val"), "c": ("train",)}.items():
+        (tmp_path / name).mkdir()
+        for split in splits:
+            published.write("nanogpt", tmp_path / name, split, [[len(split)] * 4], 257)
+    for name, first in {"b": 3, "c": 5}.items():
+        tokens = opened(tmp_path / "a", val=recognise(str(tmp_path / name)))
+        assert tokens.split("val").read(0, 5).tolist() == [first] * 4 + [256]
+
+
 def test_what_is_not_token_files(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "model.bin").write_bytes(b"\0" * 100)

@@ -182,8 +182,11 @@ class TextIndex:
         made = np.fromiter(self._build(progress), dtype=UNIT)
         file = io.BytesIO()
         np.save(file, made, allow_pickle=False)
-        cache.mkdir(parents=True, exist_ok=True)
-        replace_file(path, file.getvalue())
+        with contextlib.suppress(
+            OSError
+        ):  # not writable, full, or being written by another rank: not kept then
+            cache.mkdir(parents=True, exist_ok=True)
+            replace_file(path, file.getvalue())
         return made
 
     def _build(self, progress: Callable[[int, int], None]) -> Iterator[tuple[int, int, int, int, bool]]:
