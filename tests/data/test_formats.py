@@ -21,6 +21,7 @@ from regpt.data.formats.base import Eot
 from regpt.data.shards import Shards, TokenizerFacts
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers.bytes import ByteTokenizer
+from regpt.train.durable import lock_file
 
 LAX = settings(
     derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -581,6 +582,35 @@ def test_nothing_is_overwritten_and_nothing_half_made_stays(tmp_path, monkeypatc
             convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "out"]
     convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
+
+
+def test_what_a_killed_process_left_is_cleared_and_a_living_one_is_not_disturbed(tmp_path) -> None:
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    left = tmp_path / ".new.partial/files"
+    left.mkdir(parents=True)
+    (left / "text_train_000001.bin").write_bytes(b"half")
+    with open(tmp_path / ".new.partial/lock", "ab") as lock:
+        assert lock_file(lock)
+        with pytest.raises(DataError, match=r"new is being written by another process"):
+            convert(opened(tmp_path / "nano"), "llmc", tmp_path / "new", tokenizer=BYTES)
+        assert (left / "text_train_000001.bin").read_bytes() == b"half"
+    convert(opened(tmp_path / "nano"), "llmc", tmp_path / "new", tokenizer=BYTES)
+    assert published.read("llmc", tmp_path / "new", "train", 257) == DOCUMENTS
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "new"]
+
+
+def test_ids_that_were_not_checked_are_not_written_wrapped(tmp_path) -> None:
+    """An id beyond the target's type would become another one."""
+    np.concatenate([np.full(100_000, 7), [70_000], np.full(100_000, 7)]).astype("<u4").tofile(
+        tmp_path / "x.u4"
+    )
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 200_001
+    (tmp_path / "train.bin").write_bytes(header.tobytes() + (tmp_path / "x.u4").read_bytes())
+    with pytest.raises(DataError, match="holds an id outside the vocabulary"):
+        convert(opened(tmp_path / "train.bin"), "nanogpt", tmp_path / "out", tokenizer=BYTES)
+    assert not (tmp_path / "out").exists()
 
 
 def test_llmc_files_are_cut_and_numbered(tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -283,6 +284,20 @@ def test_no_unpacked_piece_is_left_behind(tmp_path, monkeypatch) -> None:
     next(rows)
     rows.close()
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_data_sets_travel_to_other_processes(tmp_path, make_shards) -> None:
+    """As started workers get them."""
+    source = made("jsonl", tmp_path / "a")
+    split = make_shards(reference("jsonl"), vocab_size=257).split("train")
+    every = [
+        StreamingTokens(source, BYTES, 16),
+        TokenDataset(split, 16),
+        TokenDataset(TextIndex(source, BYTES, cache=tmp_path / "cache"), 16),
+    ]
+    for data in every:
+        first = next(iter(data))["input_ids"]
+        assert torch.equal(next(iter(pickle.loads(pickle.dumps(data))))["input_ids"], first)  # noqa: S301
 
 
 # --- by number --------------------------------------------------------------------------------------------------------
