@@ -34,7 +34,7 @@ class DataConfig:
 
     source: str = ""
     """A file, folder, glob, named set (shakespeare, tinystories, fineweb-edu-10bt …: docs/data.md), a data set of the
-    hub (hf:owner/name[:config][@revision]), or a prepared shard directory."""
+    hub (hf:owner/name[:config][@revision]), prepared shards, or token files of another program."""
     dir: str | None = None
     """Where prepared shards are kept. None: data/<source>-<tokenizer>-<fingerprint>."""
     text_field: str = "text"
@@ -42,8 +42,8 @@ class DataConfig:
     split: str = "train"
     """The split of a hub data set to train on."""
     val_fraction: float | None = None
-    """Share of documents held out for validation; of a single text, its last part by position. None: the validation
-    split of a named set that has one, else 0.005."""
+    """Share of documents held out for validation; of a single text, or of token files, the last part by position. None:
+    the validation split of a named set that has one, else 0.005."""
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
     val_split: str | None = None

@@ -179,6 +179,8 @@ def test_what_a_person_sees(tiny_run, capsys) -> None:
     ):  # fmt: skip
         assert expected in text
     one = "theirs/fineweb_val_000000.bin"
+    assert main(["inspect", "theirs/*_val_*.bin", "--tokenizer", "bytes", "--json"]) == 0
+    capsys.readouterr()
     assert main(["inspect", one, "--tokenizer", "bytes", "--json", "--no-verify"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert seen["kind"] == "tokens" and seen["splits"] == {

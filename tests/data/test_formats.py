@@ -21,6 +21,7 @@ from regpt.data.formats.base import Eot
 from regpt.data.shards import Shards, TokenizerFacts
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers.bytes import ByteTokenizer
+from regpt.train.durable import lock_file
 
 LAX = settings(
     derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -239,6 +240,26 @@ def test_a_split_cut_by_position_keeps_its_documents(tmp_path, format) -> None:
     assert sorted({*ends.tolist(), at}) == both and at == n // 2
     parts = [cut.split(name).read(0, cut.split(name).n_tokens) for name in cut.splits]
     assert np.concatenate(parts).tolist() == whole.split("train").read(0, n).tolist()
+
+
+def test_files_of_different_types_are_one_split(tmp_path) -> None:
+    """Read as a type that holds all of them: none wraps into another id."""
+    published.write("llmc", tmp_path, "train", [[1, 2]], 257)
+    (tmp_path / "fineweb_train_000000.bin").rename(tmp_path / "a_train.bin")
+    published.write("llmc", tmp_path, "train", [[70_000, 3]], 80_000)
+    split = opened(tmp_path, 80_000).split("train")
+    assert split.rows(np.array([1, 4]), 3).tolist() == [[1, 2, 79_999], [70_000, 3, 256]]
+
+
+def test_a_folder_for_validation_has_its_own_name_for_it(tmp_path) -> None:
+    """The other set's validation files, where it has some; all of it else."""
+    for name, splits in {"a": ("train",), "b": ("train", "val"), "c": ("train",)}.items():
+        (tmp_path / name).mkdir()
+        for split in splits:
+            published.write("nanogpt", tmp_path / name, split, [[len(split)] * 4], 257)
+    for name, first in {"b": 3, "c": 5}.items():
+        tokens = opened(tmp_path / "a", val=recognise(str(tmp_path / name)))
+        assert tokens.split("val").read(0, 5).tolist() == [first] * 4 + [256]
 
 
 def test_what_is_not_token_files(tmp_path) -> None:
@@ -561,6 +582,35 @@ def test_nothing_is_overwritten_and_nothing_half_made_stays(tmp_path, monkeypatc
             convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "out"]
     convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
+
+
+def test_what_a_killed_process_left_is_cleared_and_a_living_one_is_not_disturbed(tmp_path) -> None:
+    (tmp_path / "nano").mkdir()
+    published.write("nanogpt", tmp_path / "nano", "train", DOCUMENTS, 257)
+    left = tmp_path / ".new.partial/files"
+    left.mkdir(parents=True)
+    (left / "text_train_000001.bin").write_bytes(b"half")
+    with open(tmp_path / ".new.partial/lock", "ab") as lock:
+        assert lock_file(lock)
+        with pytest.raises(DataError, match=r"new is being written by another process"):
+            convert(opened(tmp_path / "nano"), "llmc", tmp_path / "new", tokenizer=BYTES)
+        assert (left / "text_train_000001.bin").read_bytes() == b"half"
+    convert(opened(tmp_path / "nano"), "llmc", tmp_path / "new", tokenizer=BYTES)
+    assert published.read("llmc", tmp_path / "new", "train", 257) == DOCUMENTS
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "new"]
+
+
+def test_ids_that_were_not_checked_are_not_written_wrapped(tmp_path) -> None:
+    """An id beyond the target's type would become another one."""
+    np.concatenate([np.full(100_000, 7), [70_000], np.full(100_000, 7)]).astype("<u4").tofile(
+        tmp_path / "x.u4"
+    )
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 200_001
+    (tmp_path / "train.bin").write_bytes(header.tobytes() + (tmp_path / "x.u4").read_bytes())
+    with pytest.raises(DataError, match="holds an id outside the vocabulary"):
+        convert(opened(tmp_path / "train.bin"), "nanogpt", tmp_path / "out", tokenizer=BYTES)
+    assert not (tmp_path / "out").exists()
 
 
 def test_llmc_files_are_cut_and_numbered(tmp_path, monkeypatch) -> None:

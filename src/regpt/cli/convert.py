@@ -48,10 +48,11 @@ class Args(CommonArgs):
 def main(argv: list[str]) -> int:
     """`regpt convert`."""
     args = parse(Args, argv, prog="regpt convert", description=__doc__ or "")
-    from regpt.data.convert import convert
+    from regpt.data.convert import check_request, convert
 
     out = Output(args)
     tokens, tokenizer = _opened(args)
+    check_request(args.to, user_path(args.out), tokenizer, _known(args.eot))
     with out.progress("checking", tokens.stored_bytes, "bytes") as bar:
         done = 0
         for read in tokens.verified():

@@ -73,13 +73,7 @@ def convert(
         DataError: an id is outside the vocabulary, the source's custom cannot be told, `out` exists, the disk is full.
     """
     out = Path(os.path.abspath(out))
-    if target == "regpt" and (tokenizer is None or eot not in (None, "append")):
-        why = (
-            "a tokenizer of regpt's"
-            if tokenizer is None
-            else "<|endoftext|> behind every document: --eot append"
-        )
-        raise DataError(f"regpt's own shards need {why}.")
+    check_request(target, out, tokenizer, eot)
     splits = {name: source.split(name) for name in source.splits}
     ends = {name: _indexed_ends(source, split) for name, split in splits.items()}
     known = source_eot or _custom_of(source, splits, ends)
@@ -97,6 +91,8 @@ def convert(
                 counts[0][name] = counts[1][name] = 0
                 stream = _blocks(split, ends[name], known, source.tokenizer.eot_id)
                 for done, ids, stops in _moved(stream, known, wanted, source.tokenizer.eot_id):
+                    if len(ids) and not 0 <= ids.min() <= ids.max() < source.tokenizer.vocab_size:
+                        raise DataError(f"{source.path} holds an id outside the vocabulary.")
                     writer.write(ids, stops)
                     counts[0][name] += len(ids)
                     counts[1][name] += len(stops)
@@ -107,6 +103,21 @@ def convert(
             assert tokenizer is not None
             _write_manifest(folder, cast(dict[str, "_ShardWriter"], writers), source, known)
     return Converted(counts[0], counts[1], known, wanted)
+
+
+def check_request(target: Target, out: Path, tokenizer: Tokenizer | None, eot: Eot | None) -> None:
+    """Refuse what cannot be written, before anything is read.
+
+    Raises:
+        DataError: `out` holds something, or our own shards cannot be made so.
+    """
+    if target == "regpt" and (tokenizer is None or eot not in (None, "append")):
+        why = "a tokenizer of regpt's"
+        if tokenizer is not None:
+            why = "<|endoftext|> behind every document: --eot append"
+        raise DataError(f"regpt's own shards need {why}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists already; nothing was written.", hint="another --out")
 
 
 # --- where documents end ----------------------------------------------------------------------------------------------
@@ -264,8 +275,6 @@ def _write_manifest(folder: Path, writers: dict[str, _ShardWriter], source: Toke
 @contextlib.contextmanager
 def _new_folder(out: Path, needed: int) -> Iterator[Path]:
     """A folder to write into, which is called `out` once everything in it was written; else nothing of it stays."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists already; nothing was written.", hint="another --out")
     work = out.parent / f".{out.name}.partial"
     try:
         make_folder(work)

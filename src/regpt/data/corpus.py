@@ -175,10 +175,10 @@ def open_tokens(
     if tokenizer is None and beside.is_dir():
         opened = load_tokenizer(beside)
     else:
-        asked = TokenizerConfig(name=tokenizer or TokenizerConfig.name, files=files)
-        opened = tokenizer_of_files(found, asked)
+        tokenizer = tokenizer or TokenizerConfig.name
+        opened = tokenizer_of_files(found, TokenizerConfig(name=tokenizer, files=files))
     sizes = partial(byte_lengths_of, opened)
-    return open_foreign(found, facts_of(opened), sizes, asked=opened.kind, eot=eot), opened
+    return open_foreign(found, facts_of(opened), sizes, asked=tokenizer, eot=eot), opened
 
 
 def tokenizer_of_files(found: Found, asked: TokenizerConfig, kept: Path | None = None) -> Tokenizer:

@@ -160,7 +160,7 @@ def open_foreign(
         )
     held_out = "none"
     if val is not None:
-        own = _opened(val, val.files, tokenizer, asked)
+        own = _opened(val, val.of_split("val") or val.files, tokenizer, asked)
         if not own:
             raise DataError(f"{val.path} has no tokens to validate on.")
         if shared := {f.ids.path.resolve() for f in train} & {f.ids.path.resolve() for f in own}:

@@ -92,7 +92,7 @@ class TokenSplit:
         self.name = name
         self.files = [f for f in files if f.tokens]
         self.n_tokens = sum(f.tokens for f in self.files)
-        self._dtype = self.files[0].dtype if self.files else np.dtype("<u2")
+        self._dtype = np.result_type(*{f.dtype for f in self.files} or {np.dtype("<u2")})
         self._starts = np.cumsum([0] + [f.tokens for f in self.files])
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
         self._read_ends, self._count_bytes = document_ends, source_bytes
@@ -131,7 +131,7 @@ class TokenSplit:
         return self.rows(starts, length).astype(np.int64)
 
     def rows(self, starts: Ids, length: int) -> NDArray[Any]:
-        """What `gather` gives, in the type of the files. (R, length)."""
+        """What `gather` gives, in the type of the files, or one that holds all of theirs. (R, length)."""
         out = np.empty((len(starts), length), dtype=self._dtype)
         places = np.searchsorted(self._starts, starts, side="right") - 1
         ats = starts - self._starts[places]
