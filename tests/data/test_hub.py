@@ -693,9 +693,9 @@ def test_a_named_set_is_validated_on_its_own_split(hub, tmp_path) -> None:
     assert opened(source="tinystories", val_source="mine.txt") == (train, ["mine.txt"], None)
     assert opened(source="mine.txt", val_source="tinystories") == (["mine.txt"], val, None)
     assert opened(source="mine.txt", val_source="tinystories-v2") == (["mine.txt"], v2[1], None)
-    for wrong in ({"split": "dev"}, {"val_split": "dev"}, {"val_split": "dev", "val_source": "mine.txt"}):
+    for wrong in ({"split": "dev"}, {"val_split": "dev"}, {"val_split": "train", "val_source": "mine.txt"}):
         with pytest.raises(
-            ConfigError, match=r"split=dev: mine.txt has no splits; data sets of the hub have"
+            ConfigError, match=r"split=(dev|train): mine.txt has no splits; data sets of the hub have"
         ):
             opened(source="mine.txt", **wrong)
     (tmp_path / "tinystories").write_text("a file of that name")

@@ -418,9 +418,10 @@ def text_rows(path: Path, text_field: str) -> Iterator[tuple[float, str | None]]
     with _parquet_file(path) as file:
         done, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(1024, columns=[text_field], use_threads=False):
-            for row in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 done += 1
-                yield done / total, row
+                raw = bytes(value.as_buffer()) if value.is_valid else None
+                yield done / total, None if raw is None else raw.decode("utf-8", "replace")
 
 
 def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:

@@ -94,13 +94,8 @@ class SourceFile:
         suffixes = [s.lower() for s in path.suffixes[-2:]]
         packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
         inner = suffixes[-1] if suffixes else ""
-        form: Form = (
-            "jsonl"
-            if inner in (".jsonl", ".ndjson") or (remote and inner == ".json")
-            else "parquet"
-            if inner == ".parquet"
-            else "text"
-        )
+        lines = (".jsonl", ".ndjson", ".json") if remote else (".jsonl", ".ndjson")
+        form: Form = "jsonl" if inner in lines else "parquet" if inner == ".parquet" else "text"
         if form == "parquet" and packing:
             raise DataError(f"{path}: parquet is packed inside already; unpack the {packing} around it.")
         size = remote[0].entries[remote[1]].size if remote else path.stat().st_size
@@ -158,9 +153,8 @@ class Source:
             digest.update(b"\0articles")
         for f in self.files:
             digest.update(f"\0{f.label}\0{f.size}\0".encode("utf-8", "surrogateescape"))
-            if (
-                f.known_hash
-            ):  # of a server's list, so nothing need be downloaded; the same at every commit that has it
+            # A listed hash needs no download, and is the same at every commit that has the file.
+            if f.known_hash:
                 digest.update(f.known_hash.encode())
             elif by_content:
                 with open(f.path, "rb") as file:
@@ -464,9 +458,10 @@ def open_sources(
         val_source = held_out(d.source)
     else:
         val_source = None
-    for name, split, of in (("split", d.split, source), ("val_split", d.val_split, val_source)):
-        if split not in (None, "train") and of is not None and not of.files[0].remote:
-            raise ConfigError(f"data.{name}={split}: {of.spec} has no splits; data sets of the hub have.")
+    split = None if d.split == DataConfig.split else d.split
+    for name, said, of in (("split", split, source), ("val_split", d.val_split, val_source)):
+        if said is not None and of is not None and not of.files[0].remote:
+            raise ConfigError(f"data.{name}={said}: {of.spec} has no splits; data sets of the hub have.")
     held = {f.known_hash for f in val_source.files if f.remote} if val_source else set()
     if val_source and (both := held & {f.known_hash for f in source.files}):
         raise DataError(
