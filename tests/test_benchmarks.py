@@ -185,3 +185,49 @@ def test_every_run_of_the_scaling_series_can_be_planned() -> None:
         plan = make_plan(config, LAPTOP, vocab_size=scaling.VOCAB)
         assert plan.total_tokens == run[3]
         assert count_parameters(config.model, scaling.VOCAB).multiplied == scaling.size(*run[:3])
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    return script("data")
+
+
+def test_documents_are_cut_at_blank_lines(data: ModuleType, tmp_path: Path) -> None:
+    """Nothing is lost but what does not fill the last one, and it stops where asked."""
+    text = "\n\n".join(f"paragraph {i} " + "x" * 500 for i in range(40))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    found = list(data.documents([tmp_path / "a.jsonl"], 1 << 30))
+    assert text.startswith("".join(found)) and all(3000 <= len(d) < 3600 for d in found)
+    assert len(list(data.documents([tmp_path / "a.jsonl"], 4000))) == 2
+
+
+def test_ratios_are_of_a_rounds_own_pair(data: ModuleType) -> None:
+    def rounds(*rates: float) -> list[dict[str, float]]:
+        return [{"bytes_per_second": r, "memory_bytes": 2**20} for r in rates]
+
+    bare = f"tiktoken x{data.cores()}"
+    found = {
+        "regpt": rounds(8e6, 9e6, 40e6),
+        "nanogpt": rounds(2e6, 3e6, 20e6),
+        bare: rounds(8e6, 10e6, 50e6),
+    }
+    found["tokenizers"] = [{"failed": "no such module"}]
+    lines = data.table(found, 10**6).splitlines()
+    assert "| regpt | 9.0 | 3.00 | 0.90 | 1 MiB |" in lines
+    assert "| tokenizers | failed: no such module | | | |" in lines
+
+
+def test_every_way_to_draw_a_batch_gives_rows_of_the_file(data: ModuleType, tmp_path: Path) -> None:
+    """Targets one position on, every row a stretch of it."""
+    import numpy as np
+
+    ids = np.arange(5000, dtype=np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    for peer in ("nanogpt", "regpt", "gather", "view"):
+        x, y = data.drawer(peer, str(tmp_path / "train.bin"))()
+        assert x.shape == y.shape == (64, 1024) and x.dtype == y.dtype
+        steps = (y - x).unique().tolist()  # around the end it goes on from the beginning
+        assert steps in ([1], [-4999, 1])
