@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from regpt.errors import ConfigError, did_you_mean
 from regpt.paths import user_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_ENTRIES = 1 << 22  # of a tokenizer that is trained
@@ -52,6 +56,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of one text. Raises DataError where the text holds what the vocabulary lacks (chars)."""
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Ids of one text as `encode` gives them, without a Python object for each. May be read-only."""
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of several texts, as `encode` gives them."""

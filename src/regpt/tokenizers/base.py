@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regpt.errors import DataError
 from regpt.tokenizers import END_OF_TEXT, FORMAT, HEADER
 from regpt.tokenizers.files import write_file
@@ -78,6 +81,10 @@ class BaseTokenizer(ABC):
             ids += self._encode_part(part, offset)
             offset += len(part) + len(END_OF_TEXT)
         return ids
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Ids of one text as `encode` gives them, without a Python object for each. May be read-only."""
+        return np.array(self._encode_part(text, 0), dtype=np.uint32)
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of several texts, as `encode` gives them."""

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import tiktoken
+from numpy.typing import NDArray
 
 from regpt.tokenizers import END_OF_TEXT
-from regpt.tokenizers.base import BaseTokenizer
+from regpt.tokenizers.base import BaseTokenizer, well_formed
 from regpt.tokenizers.pieces import pieces
 
 # GPT-2's split into pre-tokens in tiktoken's possessive form: the same matches with less backtracking.
@@ -33,6 +35,17 @@ _SINGLE_BYTES = [bytes([BYTE_OF_CHAR[c]]) for c in sorted(BYTE_OF_CHAR)]
 def token_bytes(written: str) -> bytes:
     """The bytes of a token as vocabulary files write it. Raises KeyError for what stands for no byte."""
     return bytes([BYTE_OF_CHAR[c] for c in written])
+
+
+def _valid(text: str) -> str:
+    """`text`, mended where it holds lone surrogates."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return well_formed(text)
+    return text
 
 
 class BytePairTokenizer(BaseTokenizer):
@@ -62,6 +75,12 @@ class BytePairTokenizer(BaseTokenizer):
         for piece in pieces(text):
             ids += self._encoding.encode_ordinary(piece)  # it mends lone surrogates itself
         return ids
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Ids of one text as `encode` gives them, without a Python object for each. May be read-only."""
+        encode = self._encoding.encode_to_numpy
+        parts = [encode(piece, disallowed_special=()) for piece in pieces(_valid(text))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of several texts, as `encode` gives them; large batches in threads (tiktoken frees the GIL)."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from regpt.tokenizers import END_OF_TEXT
 from regpt.tokenizers.base import BaseTokenizer, well_formed
 
@@ -22,10 +25,11 @@ class ByteTokenizer(BaseTokenizer):
         return len(_BYTES_OF_ID)
 
     def _encode_part(self, text: str, offset: int) -> list[int]:
-        try:
-            return list(text.encode())
-        except UnicodeEncodeError:
-            return list(well_formed(text).encode())
+        return list(_utf8(text))
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Ids of one text as `encode` gives them."""
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint32)
 
     def _decode_checked(self, ids: list[int]) -> bytes:
         return b"".join([_BYTES_OF_ID[i] for i in ids])
@@ -35,6 +39,13 @@ class ByteTokenizer(BaseTokenizer):
 
     def _files(self) -> Mapping[str, bytes]:
         return {}
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return well_formed(text).encode()
 
 
 def load(folder: Path) -> ByteTokenizer:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from regpt.errors import DataError
 from regpt.tokenizers import END_OF_TEXT
@@ -35,8 +36,16 @@ class CharTokenizer(BaseTokenizer):
         return len(self._texts)
 
     def _encode_part(self, text: str, offset: int) -> list[int]:
+        known: list[int] = self._ids(text, offset).tolist()
+        return known
+
+    def encode_array(self, text: str) -> NDArray[np.uint32]:
+        """Ids of one text as `encode` gives them."""
+        return self._ids(text, 0).astype(np.uint32)
+
+    def _ids(self, text: str, offset: int) -> NDArray[np.int32]:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = self._id_of[np.minimum(points, len(self._id_of) - 1)]
+        ids: NDArray[np.int32] = self._id_of[np.minimum(points, len(self._id_of) - 1)]
         if len(ids) and ids.min() < 0:
             place = int(np.argmax(ids < 0))
             raise DataError(
@@ -44,8 +53,7 @@ class CharTokenizer(BaseTokenizer):
                 f"is not among the {len(self._chars)} of this chars tokenizer.",
                 hint="train it on text that has the character, or take bytes, bpe or gpt2, which have all",
             )
-        known: list[int] = ids.tolist()
-        return known
+        return ids
 
     def _decode_checked(self, ids: list[int]) -> bytes:
         return "".join([self._texts[i] for i in ids]).encode()
