@@ -43,6 +43,8 @@ OPTIONAL = [
     "datasets",
     "fastapi",
     "lightning",
+    "gigatoken",
+    "rustbpe",
 ]
 
 
