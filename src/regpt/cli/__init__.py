@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model (no preset: demo): prepare if needed, train, evaluate, sample",
     "sample": "generate text from a run",
     "prepare": "turn text into token shards",
+    "tokenizer": "train a tokenizer on text of one's own, or show what one is made of",
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
     "bench": "how fast this machine trains: time, arithmetic and memory of a step, and where they go",
     "inspect": "what a shard directory, checkpoint or run holds, verified",

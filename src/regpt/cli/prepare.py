@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,6 +30,14 @@ class Args(CommonArgs):
     """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
     vocab_size: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.vocab-size"])] = TokenizerConfig.vocab_size
     """Entries of a `bpe` tokenizer trained here, <|endoftext|> included."""
+    pattern: Annotated[Literal["gpt2", "gpt4"], tyro.conf.arg(aliases=["--tokenizer.pattern"])] = (
+        TokenizerConfig.pattern
+    )
+    """Whose split into words a `bpe` tokenizer trained here stays inside of."""
+    min_frequency: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.min-frequency"])] = (
+        TokenizerConfig.min_frequency
+    )
+    """How often a pair must occur to become an entry of a `bpe` tokenizer trained here."""
     val_fraction: Annotated[float, tyro.conf.arg(aliases=["--data.val-fraction"])] = DataConfig.val_fraction
     """Share of documents held out for validation; of a single text, its last part. 0: none."""
     val_source: Annotated[str | None, tyro.conf.arg(aliases=["--data.val-source"])] = DataConfig.val_source
@@ -55,7 +63,13 @@ def main(argv: list[str]) -> int:
         open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
     )
     tokenizer = tokenizer_for(
-        TokenizerConfig(name=args.tokenizer, vocab_size=args.vocab_size, files=args.tokenizer_files),
+        TokenizerConfig(
+            name=args.tokenizer,
+            vocab_size=args.vocab_size,
+            pattern=args.pattern,
+            min_frequency=args.min_frequency,
+            files=args.tokenizer_files,
+        ),
         source,
         val_source,
         args.val_fraction,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,25 @@ def data_folder(config: Config, source: Source, val_source: Source | None = None
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
+    if name == "bpe":  # said only where it is not as it always was, so that old folders keep their names
+        usual = TokenizerConfig()
+        for setting in ("pattern", "min_frequency"):
+            value = getattr(config.tokenizer, setting)
+            asked |= {setting: value} if value != getattr(usual, setting) else {}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     return Path("data") / f"{source.name}-{Path(name).name}-{key}"
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text that a tokenizer learns from, each time that it is iterated over."""
+
+    sources: Sequence[Source]
+    val_fraction: float = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for source in self.sources:
+            yield from training_texts(source, self.val_fraction)
 
 
 def tokenizer_for(
@@ -146,14 +164,20 @@ def tokenizer_for(
         return train_chars(
             itertools.chain.from_iterable(training_texts(s, 0) for s in (source, val_source) if s)
         )
-    texts = training_texts(source, 0 if val_source else val_fraction)
+    texts = TrainingText([source], 0 if val_source else val_fraction)
     listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
 
     def progress(chars: int) -> None:
         values = {"description": "reading", "done": chars, "total": source.source_bytes, "unit": "characters"}
         listen("progress", 0, values)
 
-    return train_bpe(texts, asked.vocab_size, progress=progress)
+    return train_bpe(
+        texts,
+        asked.vocab_size,
+        pattern=asked.pattern,
+        min_frequency=asked.min_frequency,
+        progress=progress,
+    )
 
 
 def known_corpus(config: Config) -> tuple[int, bool, Shards | None]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_ENTRIES = 1 << 22  # of a tokenizer that is trained
+MAX_BYTES = 2_000_000_000
+"""Of text that a tokenizer learns from: memory grows with the number of distinct words, and merges change little beyond."""
 HEADER = "regpt-tokenizer.json"
 FORMAT = 1
 SIZES = {"gpt2": 50257, "bytes": 257}  # ids of those that no text is needed for

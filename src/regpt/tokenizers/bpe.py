@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from regpt.config import TokenizerConfig
 from regpt.errors import ConfigError, DataError
-from regpt.tokenizers import END_OF_TEXT, check_entries
+from regpt.tokenizers import END_OF_TEXT, MAX_BYTES, check_entries
 from regpt.tokenizers.base import well_formed
 from regpt.tokenizers.byte_pairs import BytePairTokenizer
 from regpt.tokenizers.exchange import (
@@ -36,10 +37,8 @@ from regpt.tokenizers.learn import (
 from regpt.tokenizers.patterns import PATTERNS
 from regpt.tokenizers.pieces import training_pieces
 
-MIN_FREQUENCY = 2
+MIN_FREQUENCY = TokenizerConfig.min_frequency
 """How often a pair must occur to be merged: what stands in the text once is not worth an id."""
-MAX_BYTES = 2_000_000_000
-"""Of text to learn from: memory grows with the number of distinct words, and merges change little beyond."""
 MOST_SPECIAL = 10_000
 
 log = logging.getLogger(__name__)
