@@ -47,6 +47,16 @@ class Args(CommonArgs):
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
 
+    def tokenizer_config(self) -> TokenizerConfig:
+        """The settings of the tokenizer among these."""
+        return TokenizerConfig(
+            name=self.tokenizer,
+            vocab_size=self.vocab_size,
+            pattern=self.pattern,
+            min_frequency=self.min_frequency,
+            files=self.tokenizer_files,
+        )
+
 
 def main(argv: list[str]) -> int:
     """`regpt prepare`."""
@@ -63,13 +73,7 @@ def main(argv: list[str]) -> int:
         open_source(args.val_source, text_field=args.text_field) if args.val_source is not None else None
     )
     tokenizer = tokenizer_for(
-        TokenizerConfig(
-            name=args.tokenizer,
-            vocab_size=args.vocab_size,
-            pattern=args.pattern,
-            min_frequency=args.min_frequency,
-            files=args.tokenizer_files,
-        ),
+        args.tokenizer_config(),
         source,
         val_source,
         args.val_fraction,
