@@ -231,3 +231,40 @@ def test_every_way_to_draw_a_batch_gives_rows_of_the_file(data: ModuleType, tmp_
         assert x.shape == y.shape == (64, 1024) and x.dtype == y.dtype
         steps = (y - x).unique().tolist()  # around the end it goes on from the beginning
         assert steps in ([1], [-4999, 1])
+
+
+def test_tokenizers_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a little text, as far as no peer is needed that regpt does not need."""
+    bench = script("tokenizer")
+    (tmp_path / "text.txt").write_text("the king and the queen and the größer king. " * 200, encoding="utf-8")
+    words = ["--text", str(tmp_path / "text.txt"), "--bytes", "5000", "--vocab-size", "270", "--rounds", "2"]
+    figures = tmp_path / "figures.json"
+    bench.main(
+        [*words, "--only", "regpt with tokenizers,learning: tokenizers,minbpe", "--json", str(figures)]
+    )
+    out = capsys.readouterr().out
+    assert "minbpe left out: --minbpe names no clone" in out
+    found = json.loads(figures.read_text())
+    assert 4997 <= found["bytes"] <= 5000
+    assert [len(found["rows"][name]) for name in found["rows"]] == [2, 2]
+    assert all(
+        f["result"] == 270 and f["memory_bytes"] > 1e7 for rows in found["rows"].values() for f in rows
+    )
+    assert "| learning: regpt with tokenizers |" in out
+
+
+def test_a_tokenizer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = script("tokenizer")
+    (tmp_path / "text.txt").write_text("some text " * 50)
+    words = [
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--rounds",
+        "2",
+        "--only",
+        "minbpe",
+        "--minbpe",
+        str(tmp_path),
+    ]
+    bench.main(words)
+    assert capsys.readouterr().out.count("minbpe left out: ModuleNotFoundError") == 1

@@ -70,6 +70,10 @@ class TokenizerConfig:
     """gpt2, chars, bytes, bpe (trained on the source), or a folder with a saved tokenizer."""
     vocab_size: int = 4096
     """Entries of a `bpe` tokenizer trained for this run, <|endoftext|> included."""
+    pattern: Literal["gpt2", "gpt4"] = "gpt2"
+    """Of a `bpe` tokenizer trained for this run: whose split into words its entries stay inside of."""
+    min_frequency: int = 2
+    """Of a `bpe` tokenizer trained for this run: how often a pair must occur to become an entry."""
     files: str | None = None
     """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
 

@@ -45,6 +45,8 @@ OPTIONAL = [
     "datasets",
     "fastapi",
     "lightning",
+    "gigatoken",
+    "rustbpe",
 ]
 
 

@@ -17,7 +17,7 @@ import tokenizers
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import load_tokenizer
 from regpt.tokenizers.bpe import BPETokenizer, train_bpe
-from regpt.tokenizers.byte_pairs import BYTE_OF_CHAR, token_bytes
+from regpt.tokenizers.exchange import BYTE_OF_CHAR, token_bytes
 
 Pair = tuple[str, str]
 # GPT-2's split as OpenAI first wrote it (gpt-2/src/encoder.py), under yet another regular expression engine.
@@ -41,7 +41,7 @@ def plain_training(text: str, n_merges: int, preferred: Callable[[Pair, dict[str
     """
     char_of_byte = {b: c for c, b in BYTE_OF_CHAR.items()}
     words = Counter(tuple(char_of_byte[b] for b in word.encode()) for word in SPLIT.findall(text))
-    ids = {c: i for i, c in enumerate(sorted(BYTE_OF_CHAR))}
+    ids = dict(BYTE_OF_CHAR)
     merges: list[Pair] = []
     while len(merges) < n_merges:
         counts: Counter[Pair] = Counter()
@@ -69,8 +69,8 @@ def merge(word: tuple[str, ...], pair: Pair) -> tuple[str, ...]:
 def test_merges_equal_the_reference_but_for_ties(reference: tuple[str, list[Pair], dict[str, int]]) -> None:
     """Ours and theirs differ in one thing: which of several most frequent pairs, equal in count, comes first.
 
-    The same plain training gives ours to the last merge if it takes the smaller ids, and theirs if it takes the
-    greater bytes. So wherever a merge differs, either choice was one of the most frequent pairs of its moment.
+    The same plain training gives ours to the last merge if it takes the smaller ids (a byte's is its value), and theirs
+    if it takes the greater bytes. So wherever a merge differs, either choice was one of the most frequent pairs of its moment.
     """
     text, theirs, vocabulary = reference
     trained = train_bpe([text], 500)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_texts import FUZZ, VALID
+from sample_texts import FUZZ, RHYME, VALID
 
-from regpt.tokenizers.bpe import BPETokenizer
+from regpt.tokenizers.bpe import BPETokenizer, train_bpe
 from regpt.tokenizers.pieces import RUN, pieces, training_pieces
 
 
@@ -41,3 +42,36 @@ def test_training_pieces_bound_every_run_and_keep_all_text() -> None:
     assert max(len(word) for piece in cut for word in piece.split()) < 2 * RUN
     ordinary = "no run of any length in this text. " * 500
     assert list(training_pieces(ordinary)) == [ordinary]
+
+
+@pytest.fixture(scope="module")
+def gpt4() -> BPETokenizer:
+    return train_bpe([RHYME, "x  =\n\n  1\n;\n\n" * 9], 330, pattern="gpt4")
+
+
+@FUZZ
+@given(text=VALID, size=st.integers(1, 12))
+def test_pieces_of_gpt4s_split_encode_as_the_whole_does(gpt4: BPETokenizer, text: str, size: int) -> None:
+    cut = list(pieces(text, size, "gpt4"))
+    assert "".join(cut) == text
+    whole = gpt4._encoding.encode_ordinary(text)
+    assert [i for piece in cut for i in gpt4._encoding.encode_ordinary(piece)] == whole
+
+
+@FUZZ
+@given(
+    text=st.lists(
+        st.sampled_from(["a", "!", "7", " ", "  ", "\n", "\r", "\t", "\x85", "'s"]), max_size=30
+    ).map("".join),
+    size=st.integers(1, 6),
+)
+def test_pieces_of_white_space_and_line_ends(gpt4: BPETokenizer, text: str, size: int) -> None:
+    """What GPT-4's split treats one by one: line ends after words, after punctuation, among blanks, at the end."""
+    whole = gpt4._encoding.encode_ordinary(text)
+    assert [i for piece in pieces(text, size, "gpt4") for i in gpt4._encoding.encode_ordinary(piece)] == whole
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\xa0", "\n ", "! "])
+def test_a_long_run_does_not_overflow_gpt4s_split(gpt4: BPETokenizer, run: str) -> None:
+    text = f"a{run * 200_000}x"
+    assert gpt4.decode(gpt4.encode(text)) == text

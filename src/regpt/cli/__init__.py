@@ -21,6 +21,7 @@ COMMANDS = {
     "prepare": "turn text into token shards",
     "merge": "join slices that many machines prepared",
     "convert": "token files of other programs into one another, and into or out of our shards",
+    "tokenizer": "train a tokenizer on text of one's own, or show what one is made of",
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
     "bench": "how fast this machine trains: time, arithmetic and memory of a step, and where they go",
     "inspect": "what a shard directory, checkpoint or run holds, verified",

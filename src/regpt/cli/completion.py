@@ -14,6 +14,7 @@ import tyro
 from regpt.cli import COMMANDS
 from regpt.cli.bench import BENCHES
 from regpt.cli.parse import CommonArgs, Output, options, parse
+from regpt.cli.tokenizer import ACTIONS
 from regpt.config import preset_names
 
 SCRIPTS = {
@@ -24,6 +25,7 @@ complete -o default -F _regpt regpt""",
 compdef _regpt regpt""",
     "fish": """complete -c regpt -a '(regpt completion words -- (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
 }
+BELOW = {"bench": BENCHES, "tokenizer": ACTIONS}
 TAKES_PRESET = ("train", "plan", "presets")
 
 
@@ -54,7 +56,14 @@ def candidates(words: list[str]) -> list[str]:
         fitting = []
     elif last.startswith("-"):
         module = importlib.import_module(f"regpt.cli.{before[0]}")
-        fitting = list(options(module.TrainArgs if before[:2] == ["bench", "train"] else module.Args))
+        below = (
+            f"{before[1].title()}Args"
+            if len(before) > 1 and before[1] in BELOW.get(before[0], ())
+            else "Args"
+        )
+        fitting = list(options(getattr(module, below)))
+    elif before[0] == "tokenizer":
+        fitting = list(ACTIONS) if len(before) == 1 else []
     elif before[0] == "bench":
         fitting = list(BENCHES) if len(before) == 1 else preset_names() if len(before) == 2 else []
     else:

@@ -19,6 +19,8 @@ OPTIONAL = {
     "pyarrow": ("parquet sources", "data"),
     "zstandard": (".zst sources", "data"),
     "pyyaml": ("data sets of the hub", "data"),
+    "rustbpe": ("learning tokenizers in a quarter of the time", "fast"),
+    "gigatoken": ("encoding corpora many times as fast", "fast"),
     "tensorboard": ("--track.tensorboard", "track"),
     "wandb": ("--track.wandb", "track"),
 }

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -39,6 +39,14 @@ class Args(CommonArgs):
     """Folder with GPT-2's encoder.json and vocab.bpe, for use offline."""
     vocab_size: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.vocab-size"])] = TokenizerConfig.vocab_size
     """Entries of a `bpe` tokenizer trained here, <|endoftext|> included."""
+    pattern: Annotated[Literal["gpt2", "gpt4"], tyro.conf.arg(aliases=["--tokenizer.pattern"])] = (
+        TokenizerConfig.pattern
+    )
+    """Whose split into words a `bpe` tokenizer trained here stays inside of."""
+    min_frequency: Annotated[int, tyro.conf.arg(aliases=["--tokenizer.min-frequency"])] = (
+        TokenizerConfig.min_frequency
+    )
+    """How often a pair must occur to become an entry of a `bpe` tokenizer trained here."""
     split: Annotated[str, tyro.conf.arg(aliases=["--data.split"])] = DataConfig.split
     """The split of a hub data set to train on."""
     val_fraction: Annotated[float | None, tyro.conf.arg(aliases=["--data.val-fraction"])] = (
@@ -66,6 +74,16 @@ class Args(CommonArgs):
     """Ids in one file."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
+
+    def tokenizer_config(self) -> TokenizerConfig:
+        """The settings of the tokenizer among these."""
+        return TokenizerConfig(
+            name=self.tokenizer,
+            vocab_size=self.vocab_size,
+            pattern=self.pattern,
+            min_frequency=self.min_frequency,
+            files=self.tokenizer_files,
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -95,7 +113,7 @@ def main(argv: list[str]) -> int:
     if download := describe_download(source, val_source):
         out.info(download)
     tokenizer = tokenizer_for(
-        TokenizerConfig(name=args.tokenizer, vocab_size=args.vocab_size, files=args.tokenizer_files),
+        args.tokenizer_config(),
         source,
         val_source,
         val_fraction or 0,

@@ -8,6 +8,7 @@ import os
 
 from regpt.cli import COMMANDS, main, usage
 from regpt.cli.bench import BENCHES
+from regpt.cli.tokenizer import ACTIONS
 
 WIDTH = "110"
 
@@ -19,8 +20,8 @@ def page() -> str:
         "# The command line\n\nMade from the commands' own help by `make docs`.\n",
         f"```\n{usage()}\n```\n",
     ]
-    benches = [["bench", name] for name in BENCHES]
-    for words in (found for name in COMMANDS for found in [[name], *(b for b in benches if b[0] == name)]):
+    below = [*(["bench", name] for name in BENCHES), *(["tokenizer", name] for name in ACTIONS)]
+    for words in (found for name in COMMANDS for found in [[name], *(b for b in below if b[0] == name)]):
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             main([*words, "--help"])

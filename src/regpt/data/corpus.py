@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -271,8 +272,26 @@ def data_folder(config: Config, text: Text) -> Path:
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }
+    if name == "bpe":  # said only where it is not as it always was, so that old folders keep their names
+        usual = TokenizerConfig()
+        for setting in ("pattern", "min_frequency"):
+            value = getattr(config.tokenizer, setting)
+            asked |= {setting: value} if value != getattr(usual, setting) else {}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     return Path("data") / f"{text[0].name}-{Path(name).name}-{key}"
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text that a tokenizer learns from, each time that it is iterated over."""
+
+    sources: Sequence[Source]
+    val_fraction: float = 0
+    min_chars: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for source in self.sources:
+            yield from training_texts(source, self.val_fraction, self.min_chars)
 
 
 def tokenizer_for(
@@ -298,14 +317,20 @@ def tokenizer_for(
         return train_chars(
             itertools.chain.from_iterable(training_texts(s, 0, min_chars) for s in (source, val_source) if s)
         )
-    texts = training_texts(source, 0 if val_source else val_fraction, min_chars)
+    texts = TrainingText([source], 0 if val_source else val_fraction, min_chars)
     listen("info", 0, {"text": f"training a tokenizer of {asked.vocab_size:,} entries on {source.name}"})
 
     def progress(chars: int) -> None:
         values = {"description": "reading", "done": chars, "total": source.source_bytes, "unit": "characters"}
         listen("progress", 0, values)
 
-    return train_bpe(texts, asked.vocab_size, progress=progress)
+    return train_bpe(
+        texts,
+        asked.vocab_size,
+        pattern=asked.pattern,
+        min_frequency=asked.min_frequency,
+        progress=progress,
+    )
 
 
 def known_corpus(config: Config) -> tuple[int, bool, TokenSet | None]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_ENTRIES = 1 << 22  # of a tokenizer that is trained
+MAX_BYTES = 2_000_000_000
+"""Of text that a tokenizer learns from: memory grows with the number of distinct words, and merges change little beyond."""
 HEADER = "regpt-tokenizer.json"
 FORMAT = 1
 SIZES = {"gpt2": 50257, "bytes": 257}  # ids of those that no text is needed for
@@ -73,18 +75,20 @@ class Tokenizer(Protocol):
         """Write what `load_tokenizer` needs into `folder`: JSON (and GPT-2's two text files) only."""
 
 
-def check_entries(vocab_size: int) -> None:
+def check_entries(vocab_size: int, special_tokens: int = 0) -> None:
     """Refuse a number of entries that no bpe tokenizer can be trained to.
 
     Raises:
-        ConfigError: it has no room for the 256 bytes and `<|endoftext|>`, or is beyond all use.
+        ConfigError: it has no room for the 256 bytes, `<|endoftext|>` and so many other special tokens, or is beyond all use.
     """
-    if not LEAST_ENTRIES <= vocab_size <= MOST_ENTRIES:
-        size = "small" if vocab_size < LEAST_ENTRIES else "large"
+    least = LEAST_ENTRIES + special_tokens
+    if not least <= vocab_size <= MOST_ENTRIES:
+        size = "small" if vocab_size < least else "large"
+        more = f", {special_tokens:,} special tokens" if special_tokens else ""
         raise ConfigError(
             f"tokenizer.vocab_size is too {size} for a bpe tokenizer.",
             got=f"{vocab_size:,}"[:24],
-            expected=f"{LEAST_ENTRIES} or more: 256 bytes, {END_OF_TEXT}, and the merges; at most {MOST_ENTRIES:,}",
+            expected=f"{least:,} or more: 256 bytes, {END_OF_TEXT}{more}, and the merges; at most {MOST_ENTRIES:,}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -70,17 +71,19 @@ class BaseTokenizer(ABC):
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of one text; `<|endoftext|>` in it is text unless `allow_special`."""
+        """Ids of one text; a special token written in it is text unless `allow_special`."""
         if not allow_special:
             return self._encode_part(text, 0)
         ids: list[int] = []
         offset = 0
-        for number, part in enumerate(text.split(END_OF_TEXT)):
-            if number:
-                ids.append(self.eot_id)
-            ids += self._encode_part(part, offset)
-            offset += len(part) + len(END_OF_TEXT)
+        for number, part in enumerate(self._special_or_text.split(text)):  # text, special token, text, …
+            ids += [self.special_tokens[part]] if number % 2 else self._encode_part(part, offset)
+            offset += len(part)
         return ids
+
+    @cached_property
+    def _special_or_text(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, self.special_tokens))})")
 
     def encode_array(self, text: str) -> NDArray[np.uint32]:
         """Ids of one text as `encode` gives them, without a Python object for each. May be read-only."""
@@ -95,7 +98,7 @@ class BaseTokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes, `<|endoftext|>` as text. Raises DataError for an id outside the vocabulary."""
+        """The exact bytes, special tokens as text. Raises DataError for an id outside the vocabulary."""
         checked = [
             operator.index(i) for i in ids
         ]  # NumPy's and torch's whole numbers, too; 1.5 is a TypeError

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from regpt.paths import user_path
-from regpt.tokenizers.byte_pairs import BytePairTokenizer, token_bytes
+from regpt.tokenizers.byte_pairs import BytePairTokenizer
 from regpt.tokenizers.download import cache_folder, fetch, kept
 from regpt.tokenizers.files import read_file, require_sha256
 
@@ -39,7 +39,7 @@ class GPT2Tokenizer(BytePairTokenizer):
     def __init__(self, contents: Mapping[str, bytes]) -> None:
         self._contents = contents
         _version, *merges = contents["vocab.bpe"].decode().splitlines()
-        super().__init__(token_bytes(merge.replace(" ", "")) for merge in merges)
+        super().__init__([(a, b) for a, b in (merge.split(" ") for merge in merges)])
 
     def _files(self) -> Mapping[str, bytes]:
         return self._contents
