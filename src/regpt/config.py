@@ -38,7 +38,8 @@ class DataConfig:
     val_source: str | None = None
     """A separate source for validation. None: split off `source`."""
     verify: bool = True
-    """Compare prepared shards with their checksums before the first step. False: sizes only."""
+    """Before the first step, compare prepared shards with their checksums, and the ids of other token files with the
+    vocabulary. False: sizes only."""
     workers: int | None = None
     """Processes that tokenise during preparation. None: one for each core."""
     order: Literal["permuted", "replacement"] = "permuted"

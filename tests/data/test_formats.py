@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from regpt.data import convert as module
 from regpt.data.convert import TARGETS, convert
 from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
-from regpt.data.formats import recognise
+from regpt.data.formats import recognise, split_of
 from regpt.data.formats.base import Eot
 from regpt.data.shards import Shards, TokenizerFacts
 from regpt.errors import ConfigError, DataError
@@ -211,6 +211,7 @@ def test_validation_is_never_trained_on(tmp_path) -> None:
     for split, documents in {"train": [[1]] * 50, "val": [[2]] * 5, "test": [[3]] * 5}.items():
         published.write("llmc", tmp_path, split, documents, 257)
     tokens = opened(tmp_path, val_fraction=0.5)
+    assert tokens.left_out == ("fineweb_test_000000.bin",)
     assert set(tokens.split("train").read(0, 100).tolist()) == {1, 256}
     assert set(tokens.split("val").read(0, 10).tolist()) == {2, 256} and tokens.splits == ("train", "val")
     one = str(tmp_path / "fineweb_train_000000.bin")
@@ -262,7 +263,20 @@ def test_a_folder_for_validation_has_its_own_name_for_it(tmp_path) -> None:
         assert tokens.split("val").read(0, 5).tolist() == [first] * 4 + [256]
 
 
+@pytest.mark.parametrize(
+    "name, split",
+    [("val.bin", "val"), ("x_val_000.npy", "val"), ("00000_validation.ds", "val"), ("valid-text.bin", "val"),
+     ("test.bin", "test"), ("train_valid_english.bin", "train"), ("evaluation.bin", "train"), ("00000_shuffled.ds", "train")],
+)  # fmt: skip
+def test_the_split_by_the_name(name, split) -> None:
+    assert split_of(Path(name)) == split
+
+
 def test_what_is_not_token_files(tmp_path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/train-00000.bin").write_bytes(b"\1\0")
+    (tmp_path / "ours/train-00000.idx").write_bytes(bytes(8))
+    assert recognise(str(tmp_path / "ours")) is None  # our own, its manifest gone
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "model.bin").write_bytes(b"\0" * 100)
     np.save(tmp_path / "weights.npy", np.zeros(3))

@@ -14,6 +14,7 @@ from regpt.data.formats.llmc import LlmC
 from regpt.data.formats.megatron import MAGIC, Megatron
 from regpt.data.formats.npy import Npy
 from regpt.data.formats.raw import NanoGPT
+from regpt.data.shards import FIRST_SHARD
 from regpt.errors import DataError
 from regpt.paths import user_path
 
@@ -47,6 +48,8 @@ class Found:
 def split_of(path: Path) -> str:
     """train, val or test, by the words of the file's name."""
     words = set(re.findall("[a-z]+", path.stem.lower()))
+    if "train" in words:
+        return "train"
     return "val" if words & VAL_WORDS else "test" if words & TEST_WORDS else "train"
 
 
@@ -61,7 +64,9 @@ def recognise(spec: str) -> Found | None:
     """
     path = user_path(spec)
     if path.is_dir():
-        by_format = _in_folder(path)
+        by_format = (
+            {} if (path / FIRST_SHARD).exists() else _in_folder(path)
+        )  # our own, even without a manifest
     elif path.exists():
         by_format = _named([path])
     elif glob.has_magic(str(path)):
