@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def round_trip(tmp: Path, source: str, target: str, files: int, block: int, made
         assert (tmp / "train.bin").read_bytes() == (tmp / "back/train.bin").read_bytes()
 
 
-@settings(LAX, max_examples=300)
+@settings(LAX, max_examples=200)
 @given(
     source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
@@ -625,6 +626,24 @@ def test_ids_that_were_not_checked_are_not_written_wrapped(tmp_path) -> None:
     with pytest.raises(DataError, match="holds an id outside the vocabulary"):
         convert(opened(tmp_path / "train.bin"), "nanogpt", tmp_path / "out", tokenizer=BYTES)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["llmc", "megatron"])
+def test_memory_does_not_grow_with_the_tokens(tmp_path, monkeypatch, target) -> None:
+    """Four times the tokens, the same peak: also where an index is written."""
+    monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    peaks = []
+    for n in (250_000, 1_000_000):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        ids = np.arange(n) % 257
+        ids.astype("<u2").tofile(folder / "train.bin")
+        tokens = opened(folder)
+        tracemalloc.start()
+        convert(tokens, target, folder / "out", tokenizer=None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 20_000_000
 
 
 def test_llmc_files_are_cut_and_numbered(tmp_path, monkeypatch) -> None:
