@@ -286,11 +286,28 @@ def test_what_is_not_token_files(tmp_path) -> None:
         and recognise("hf:a/b") is None
         and recognise(str(tmp_path / "*.txt")) is None
     )
+    for name in ("other.ds", "tool.bin", "tool.idx", "train_loss.npy"):
+        (tmp_path / name).write_bytes(b"\0" * 100)
+    np.save(tmp_path / "val_loss.npy", np.zeros(3))
+    assert recognise(str(tmp_path)) is None and recognise(str(tmp_path / "*")) is None
+    for name in ("tool.bin", "train_loss.npy", "other.ds"):  # but what is named itself is
+        assert recognise(str(tmp_path / name)) is not None
+        (tmp_path / name).unlink()
     published.write("llmc", tmp_path, "train", [[1]], 257)
     published.write("datatrove", tmp_path, "train", [[1]], 257)
     with pytest.raises(DataError, match=r"several formats.\n  got: .*llmc \(fineweb_train_000000.bin, …\)"):
         recognise(str(tmp_path))
-    found = recognise(str(tmp_path / "*.ds"))
+    (tmp_path / "two").mkdir()
+    for format in ("nanogpt", "llmc"):
+        published.write(format, tmp_path / "two", "train", [[1]], 257)
+    with pytest.raises(DataError, match="two holds token files of several formats"):
+        recognise(str(tmp_path / "two"))
+    (tmp_path / "three").mkdir()
+    published.write("datatrove", tmp_path / "three", "train", [[1], [2]], 257, files=2)
+    for end in ("index", "metadata"):
+        (tmp_path / f"three/00001_train_shuffled.ds.{end}").unlink()
+    assert opened(tmp_path / "three").split("train").read(0, 4).tolist() == [1, 256, 2, 256]
+    found = recognise(str(tmp_path / "*.ds*"))
     assert found is not None and found.format.name == "datatrove"
     (tmp_path / "only").mkdir()
     published.write("llmc", tmp_path / "only", "val", [[1]], 257)
@@ -504,11 +521,17 @@ def test_damage_is_refused_with_file_and_offset(tmp_path, case) -> None:
         list(opened(tmp_path).verified())
 
 
-def test_a_damaged_magic_number_among_others(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "format, file, message",
+    [("llmc", "fineweb_train_000001.bin", "has no magic number of llm.c at byte 0"),
+     ("npy", "edufineweb_train_000001.npy", "is not a .npy file: byte 0"),
+     ("megatron", "text_train_1.idx", "is no index of Megatron: byte 0")],
+)  # fmt: skip
+def test_a_damaged_magic_number_among_others(tmp_path, format, file, message) -> None:
     """Such a file is not left out in silence."""
-    published.write("llmc", tmp_path, "train", [[1, 2, 3]] * 20, 257, files=3)
-    edited(tmp_path / "fineweb_train_000001.bin", 0, b"\0")
-    with pytest.raises(DataError, match=r"fineweb_train_000001.bin has no magic number of llm.c at byte 0"):
+    published.write(format, tmp_path, "train", [[1, 2, 3]] * 20, 257, files=3)
+    edited(tmp_path / file, 0, b"\0")
+    with pytest.raises(DataError, match=f"{file} {message}"):
         opened(tmp_path)
 
 
