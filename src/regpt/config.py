@@ -55,7 +55,8 @@ class DataConfig:
     shuffle_seed: int | None = None
     """Shuffle the training documents across shards, in an order drawn by this seed. None: they stay in the source's order."""
     verify: bool = True
-    """Compare prepared shards with their checksums before the first step. False: sizes only."""
+    """Before the first step, compare prepared shards with their checksums, and the ids of other token files with the
+    vocabulary. False: sizes only."""
     workers: int | None = None
     """Processes that tokenise during preparation. None: one for each core."""
     order: Literal["permuted", "replacement"] = "permuted"

@@ -178,6 +178,11 @@ def test_what_a_person_sees(tiny_run, capsys) -> None:
         "every id lies in the vocabulary", "--- train document 0, 8 tokens\nStory 0",
     ):  # fmt: skip
         assert expected in text
+    published.write("llmc", Path("theirs"), "test", documents[:3], 257)
+    assert main(["inspect", "theirs", "--tokenizer", "bytes"]) == 0
+    assert "left out   fineweb_test_000000.bin: test" in capsys.readouterr().out
+    assert main(["inspect", "theirs", "--tokenizer", "bytes", "--split", "val", "--documents", "0"]) == 0
+    assert "lengths    val: 3 under 10" in capsys.readouterr().out
     one = "theirs/fineweb_val_000000.bin"
     assert main(["inspect", "theirs/*_val_*.bin", "--tokenizer", "bytes", "--json"]) == 0
     capsys.readouterr()
@@ -202,6 +207,7 @@ def test_what_a_person_sees(tiny_run, capsys) -> None:
     assert main(words) == 0
     said = capsys.readouterr()
     assert "prepend in theirs, none in new" in said.out and "nothing in nanogpt files says where" in said.err
+    assert "left out, as their names say test: fineweb_test_000000.bin" in said.err
     assert main(["convert", "text.txt", "--to", "llmc", "--out", "x"]) == 2
     assert "text.txt holds no token files" in capsys.readouterr().err
     assert main(["convert", one, "--to", "llmc", "--out", "x", "--eot-id", "5"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from regpt.data import convert as module
 from regpt.data.convert import TARGETS, convert
 from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
-from regpt.data.formats import recognise
+from regpt.data.formats import recognise, split_of
 from regpt.data.formats.base import Eot
 from regpt.data.shards import Shards, TokenizerFacts
 from regpt.errors import ConfigError, DataError
@@ -86,7 +87,7 @@ def round_trip(tmp: Path, source: str, target: str, files: int, block: int, made
         assert (tmp / "train.bin").read_bytes() == (tmp / "back/train.bin").read_bytes()
 
 
-@settings(LAX, max_examples=300)
+@settings(LAX, max_examples=200)
 @given(
     source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
@@ -211,6 +212,7 @@ def test_validation_is_never_trained_on(tmp_path) -> None:
     for split, documents in {"train": [[1]] * 50, "val": [[2]] * 5, "test": [[3]] * 5}.items():
         published.write("llmc", tmp_path, split, documents, 257)
     tokens = opened(tmp_path, val_fraction=0.5)
+    assert tokens.left_out == ("fineweb_test_000000.bin",)
     assert set(tokens.split("train").read(0, 100).tolist()) == {1, 256}
     assert set(tokens.split("val").read(0, 10).tolist()) == {2, 256} and tokens.splits == ("train", "val")
     one = str(tmp_path / "fineweb_train_000000.bin")
@@ -262,7 +264,20 @@ def test_a_folder_for_validation_has_its_own_name_for_it(tmp_path) -> None:
         assert tokens.split("val").read(0, 5).tolist() == [first] * 4 + [256]
 
 
+@pytest.mark.parametrize(
+    "name, split",
+    [("val.bin", "val"), ("x_val_000.npy", "val"), ("00000_validation.ds", "val"), ("valid-text.bin", "val"),
+     ("test.bin", "test"), ("train_valid_english.bin", "train"), ("evaluation.bin", "train"), ("00000_shuffled.ds", "train")],
+)  # fmt: skip
+def test_the_split_by_the_name(name, split) -> None:
+    assert split_of(Path(name)) == split
+
+
 def test_what_is_not_token_files(tmp_path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/train-00000.bin").write_bytes(b"\1\0")
+    (tmp_path / "ours/train-00000.idx").write_bytes(bytes(8))
+    assert recognise(str(tmp_path / "ours")) is None  # our own, its manifest gone
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "model.bin").write_bytes(b"\0" * 100)
     np.save(tmp_path / "weights.npy", np.zeros(3))
@@ -271,11 +286,28 @@ def test_what_is_not_token_files(tmp_path) -> None:
         and recognise("hf:a/b") is None
         and recognise(str(tmp_path / "*.txt")) is None
     )
+    for name in ("other.ds", "tool.bin", "tool.idx", "train_loss.npy"):
+        (tmp_path / name).write_bytes(b"\0" * 100)
+    np.save(tmp_path / "val_loss.npy", np.zeros(3))
+    assert recognise(str(tmp_path)) is None and recognise(str(tmp_path / "*")) is None
+    for name in ("tool.bin", "train_loss.npy", "other.ds"):  # but what is named itself is
+        assert recognise(str(tmp_path / name)) is not None
+        (tmp_path / name).unlink()
     published.write("llmc", tmp_path, "train", [[1]], 257)
     published.write("datatrove", tmp_path, "train", [[1]], 257)
     with pytest.raises(DataError, match=r"several formats.\n  got: .*llmc \(fineweb_train_000000.bin, …\)"):
         recognise(str(tmp_path))
-    found = recognise(str(tmp_path / "*.ds"))
+    (tmp_path / "two").mkdir()
+    for format in ("nanogpt", "llmc"):
+        published.write(format, tmp_path / "two", "train", [[1]], 257)
+    with pytest.raises(DataError, match="two holds token files of several formats"):
+        recognise(str(tmp_path / "two"))
+    (tmp_path / "three").mkdir()
+    published.write("datatrove", tmp_path / "three", "train", [[1], [2]], 257, files=2)
+    for end in ("index", "metadata"):
+        (tmp_path / f"three/00001_train_shuffled.ds.{end}").unlink()
+    assert opened(tmp_path / "three").split("train").read(0, 4).tolist() == [1, 256, 2, 256]
+    found = recognise(str(tmp_path / "*.ds*"))
     assert found is not None and found.format.name == "datatrove"
     (tmp_path / "only").mkdir()
     published.write("llmc", tmp_path / "only", "val", [[1]], 257)
@@ -489,11 +521,17 @@ def test_damage_is_refused_with_file_and_offset(tmp_path, case) -> None:
         list(opened(tmp_path).verified())
 
 
-def test_a_damaged_magic_number_among_others(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "format, file, message",
+    [("llmc", "fineweb_train_000001.bin", "has no magic number of llm.c at byte 0"),
+     ("npy", "edufineweb_train_000001.npy", "is not a .npy file: byte 0"),
+     ("megatron", "text_train_1.idx", "is no index of Megatron: byte 0")],
+)  # fmt: skip
+def test_a_damaged_magic_number_among_others(tmp_path, format, file, message) -> None:
     """Such a file is not left out in silence."""
-    published.write("llmc", tmp_path, "train", [[1, 2, 3]] * 20, 257, files=3)
-    edited(tmp_path / "fineweb_train_000001.bin", 0, b"\0")
-    with pytest.raises(DataError, match=r"fineweb_train_000001.bin has no magic number of llm.c at byte 0"):
+    published.write(format, tmp_path, "train", [[1, 2, 3]] * 20, 257, files=3)
+    edited(tmp_path / file, 0, b"\0")
+    with pytest.raises(DataError, match=f"{file} {message}"):
         opened(tmp_path)
 
 
@@ -611,6 +649,24 @@ def test_ids_that_were_not_checked_are_not_written_wrapped(tmp_path) -> None:
     with pytest.raises(DataError, match="holds an id outside the vocabulary"):
         convert(opened(tmp_path / "train.bin"), "nanogpt", tmp_path / "out", tokenizer=BYTES)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["llmc", "megatron"])
+def test_memory_does_not_grow_with_the_tokens(tmp_path, monkeypatch, target) -> None:
+    """Four times the tokens, the same peak: also where an index is written."""
+    monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    peaks = []
+    for n in (250_000, 1_000_000):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        ids = np.arange(n) % 257
+        ids.astype("<u2").tofile(folder / "train.bin")
+        tokens = opened(folder)
+        tracemalloc.start()
+        convert(tokens, target, folder / "out", tokenizer=None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 20_000_000
 
 
 def test_llmc_files_are_cut_and_numbered(tmp_path, monkeypatch) -> None:

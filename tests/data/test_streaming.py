@@ -29,7 +29,7 @@ from regpt.errors import ConfigError, DataError
 from regpt.tokenizers.bytes import ByteTokenizer
 
 LAX = settings(
-    derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # fmt: skip
 BYTES = ByteTokenizer()
 EOT = BYTES.eot_id

@@ -49,9 +49,12 @@ def main(argv: list[str]) -> int:
     """`regpt convert`."""
     args = parse(Args, argv, prog="regpt convert", description=__doc__ or "")
     from regpt.data.convert import check_request, convert
+    from regpt.data.foreign import ForeignSet
 
     out = Output(args)
     tokens, tokenizer = _opened(args)
+    if isinstance(tokens, ForeignSet) and tokens.left_out:
+        out.warn(f"left out, as their names say test: {', '.join(tokens.left_out)}")
     check_request(args.to, user_path(args.out), tokenizer, _known(args.eot))
     with out.progress("checking", tokens.stored_bytes, "bytes") as bar:
         done = 0

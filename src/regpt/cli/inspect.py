@@ -229,9 +229,9 @@ def inspect_tokens(args: Args) -> None:
         f"tokens     {tokens.path}: {tokens.format} files",
         f"tokenizer  {tokenizer.kind}, {tokenizer.vocab_size:,} ids; <|endoftext|> has id {tokenizer.eot_id:,}",
     ]
-    splits = {}
+    splits, shown_split = {}, tokens.split(args.split)
     for name, files in tokens.files.items():
-        split = tokens.split(name)
+        split = shown_split if name == args.split else tokens.split(name)
         splits[name] = {"tokens": split.n_tokens, "documents": split.n_documents, "files": len(files)}
         lines.append(
             f"{name:<10} {split.n_tokens:,} tokens in {split.n_documents:,} documents, {len(files)} files of "
@@ -239,9 +239,9 @@ def inspect_tokens(args: Args) -> None:
         )
     where = "by their index" if tokens.has_index else f"where <|endoftext|> says so ({tokens.eot})"
     checked = "every id lies in the vocabulary" if args.verify else "headers, indices and some ids"
-    split = tokens.split(args.split)
-    samples = first_documents(split, tokenizer, args.documents)
-    lengths = count_lengths(split.document_ends)
+    samples = first_documents(shown_split, tokenizer, args.documents)
+    lengths = count_lengths(shown_split.document_ends)
+    lines += [f"left out   {', '.join(tokens.left_out)}: test"] if tokens.left_out else []
     lines += [f"documents  end {where}"]
     lines += [f"lengths    {args.split}: " + ", ".join(f"{n:,} under {k:,}" for k, n in lengths.items() if n)]
     lines += [f"checked    {checked}", *shown(samples, args.split)]
@@ -251,6 +251,7 @@ def inspect_tokens(args: Args) -> None:
         "format": tokens.format,
         "verified": args.verify,
         "splits": splits,
+        "left_out": tokens.left_out,
         "lengths": lengths,
         "samples": samples,
     }

@@ -79,7 +79,7 @@ def convert(
     known = source_eot or _custom_of(source, splits, ends)
     wanted: Eot = eot or ("append" if target == "regpt" else FORMATS[target].eot)
     total, before = sum(s.n_tokens for s in splits.values()), 0
-    counts: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    tokens, documents = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
     with _new_folder(out, total * dtype_for(source.tokenizer.vocab_size).itemsize) as folder:
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER)
@@ -88,21 +88,20 @@ def convert(
             for name, split in splits.items():
                 writer = writers[name] = _writer(target, folder, name, source, tokenizer)
                 open_files.callback(writer.abandon)
-                counts[0][name] = counts[1][name] = 0
                 stream = _blocks(split, ends[name], known, source.tokenizer.eot_id)
                 for done, ids, stops in _moved(stream, known, wanted, source.tokenizer.eot_id):
                     if len(ids) and not 0 <= ids.min() <= ids.max() < source.tokenizer.vocab_size:
                         raise DataError(f"{source.path} holds an id outside the vocabulary.")
                     writer.write(ids, stops)
-                    counts[0][name] += len(ids)
-                    counts[1][name] += len(stops)
+                    tokens[name] += len(ids)
+                    documents[name] += len(stops)
                     progress(before + done, total)
                 writer.finish()
                 before += split.n_tokens
         if target == "regpt":
             assert tokenizer is not None
             _write_manifest(folder, cast(dict[str, "_ShardWriter"], writers), source, known)
-    return Converted(counts[0], counts[1], known, wanted)
+    return Converted(tokens, documents, known, wanted)
 
 
 def check_request(target: Target, out: Path, tokenizer: Tokenizer | None, eot: Eot | None) -> None:

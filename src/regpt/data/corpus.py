@@ -129,6 +129,8 @@ def _in_place(
     tokens = ", ".join(f"{made.split(name).n_tokens:,} {name}" for name in made.splits)
     text = f"training on {made.format} files in {found.folder} as they are: {tokens} tokens; validation: {made.held_out}"
     listen("info", 0, {"text": text})
+    if made.left_out:
+        listen("note", 0, {"text": f"left out, as their names say test: {', '.join(made.left_out)}"})
     return tokenizer, made
 
 
@@ -164,7 +166,8 @@ def open_tokens(
     """
     folder = user_path(source)
     if (folder / MANIFEST).exists():
-        return Shards.open(folder), load_tokenizer(folder / TOKENIZER)
+        shards = Shards.open(folder)
+        return shards, _tokenizer_of_shards(shards)
     found = recognise(source)
     if found is None:
         raise DataError(
@@ -389,15 +392,8 @@ def _prepared(folder: Path, config: Config, text: Text | None = None) -> tuple[T
                 expected=f"shards of {text[0].spec} as it is now",
                 hint="another --data.dir, or none",
             )
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = _tokenizer_of_shards(shards)
     has, asks = manifest.tokenizer, config.tokenizer.name
-    if tokenizer.fingerprint != has.fingerprint:
-        raise DataError(
-            f"{folder / TOKENIZER} is not the tokenizer that these shards were written with.",
-            got=tokenizer.fingerprint,
-            expected=has.fingerprint,
-            hint="prepare the shards again, or copy the whole folder",
-        )
     wanted = asks if asks in KINDS else open_tokenizer(asks).fingerprint
     if wanted != (has.kind if asks in KINDS else has.fingerprint):
         raise DataError(
@@ -405,3 +401,16 @@ def _prepared(folder: Path, config: Config, text: Text | None = None) -> tuple[T
             hint=f"--tokenizer.name {has.kind}, or other shards: regpt prepare … --tokenizer {asks}",
         )
     return tokenizer, shards
+
+
+def _tokenizer_of_shards(shards: Shards) -> Tokenizer:
+    """The tokenizer that lies in a shard directory, once it is sure that it wrote the shards."""
+    tokenizer, has = load_tokenizer(shards.path / TOKENIZER), shards.tokenizer
+    if tokenizer.fingerprint != has.fingerprint:
+        raise DataError(
+            f"{shards.path / TOKENIZER} is not the tokenizer that these shards were written with.",
+            got=tokenizer.fingerprint,
+            expected=has.fingerprint,
+            hint="prepare the shards again, or copy the whole folder",
+        )
+    return tokenizer

@@ -40,6 +40,8 @@ class ForeignSet:
     """Where `<|endoftext|>` stands: that is where documents end, unless there is an index."""
     held_out: str
     """Where the validation split comes from, in a sentence."""
+    left_out: tuple[str, ...]
+    """Files whose names say test."""
 
     @property
     def name(self) -> str:
@@ -174,8 +176,16 @@ def open_foreign(
         train, own = _cut(train, val_fraction, found.path)
         held_out = f"the last {val_fraction:.2%} of the tokens, by position"
     files = {"train": tuple(train)} | ({"val": tuple(own)} if own else {})
+    left_out = tuple(f.name for f in found.of_split("test"))
     made = ForeignSet(
-        found.path, found.format.name, tokenizer, files, byte_lengths, eot or found.format.eot, held_out
+        found.path,
+        found.format.name,
+        tokenizer,
+        files,
+        byte_lengths,
+        eot or found.format.eot,
+        held_out,
+        left_out,
     )
     made.check_samples()
     return made

@@ -14,6 +14,7 @@ from regpt.data.formats.llmc import LlmC
 from regpt.data.formats.megatron import MAGIC, Megatron
 from regpt.data.formats.npy import Npy
 from regpt.data.formats.raw import NanoGPT
+from regpt.data.shards import FIRST_SHARD, TOKENIZER
 from regpt.errors import DataError
 from regpt.paths import user_path
 
@@ -21,6 +22,7 @@ NANOGPT, LLMC, MEGATRON, DATATROVE, NPY = NanoGPT(), LlmC(), Megatron(), Datatro
 FORMATS: dict[str, Format] = {f.name: f for f in (NANOGPT, LLMC, MEGATRON, DATATROVE, NPY)}
 VAL_WORDS = {"val", "valid", "validation"}
 TEST_WORDS = {"test"}
+COMPANIONS = (".ds.index", ".ds.metadata", ".ds.loss")
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,25 @@ class Found:
 def split_of(path: Path) -> str:
     """train, val or test, by the words of the file's name."""
     words = set(re.findall("[a-z]+", path.stem.lower()))
+    if "train" in words:
+        return "train"
     return "val" if words & VAL_WORDS else "test" if words & TEST_WORDS else "train"
 
 
 def recognise(spec: str) -> Found | None:
     """The token files that `spec` names: a file, a folder that holds some, or a glob; None where there are none.
 
-    A `.bin`, `.ds` or `.npy` named by itself, or by a glob, is one. In a folder: `.ds` files; `.bin` with an `.idx` of
-    Megatron's; `.bin` with llm.c's magic number; `train.bin`; `.npy` named train or val.
+    A `.bin`, `.ds` or `.npy` named by itself, or by a glob that matches nothing else, is one. In a folder: `.ds` with its
+    index or metadata; `.bin` with an `.idx` of Megatron's; `.bin` with llm.c's magic number; `train.bin`; `.npy` of whole
+    numbers with train or val in the name; or any of these where nothing else lies in the folder.
 
     Raises:
         DataError: files of several formats lie there.
     """
     path = user_path(spec)
     if path.is_dir():
-        by_format = _in_folder(path)
+        ours = (path / FIRST_SHARD).exists()  # even where the manifest is gone
+        by_format = {} if ours else _in_folder(path)
     elif path.exists():
         by_format = _named([path])
     elif glob.has_magic(str(path)):
@@ -81,39 +87,62 @@ def recognise(spec: str) -> Found | None:
 
 
 def _named(paths: Iterable[Path]) -> dict[Format, list[Path]]:
-    """Files by format that somebody named: their suffix is enough."""
+    """Files by format that somebody named: their suffix is enough. Nothing if there are others among them, like text."""
     found: dict[Format, list[Path]] = {}
     for path in sorted(p for p in paths if p.is_file()):
-        pair = path.with_suffix(".bin") if path.suffix == ".idx" and _is_index(path) else path
+        if path.name.endswith(COMPANIONS):
+            continue
+        pair = path.with_suffix(".bin") if path.suffix == ".idx" else path
+        if pair != path and not pair.exists() and not _is_index(path):
+            return {}
         format = _format_of(pair)
-        if format is not None and pair not in found.setdefault(format, []):
+        if format is None:
+            return {}
+        if pair not in found.setdefault(format, []):
             found[format].append(pair)
     return found
 
 
 def _in_folder(folder: Path) -> dict[Format, list[Path]]:
-    """Files by format that speak for themselves."""
+    """Files by format that speak for themselves: a folder of text may hold all kinds of files beside it."""
     found: dict[Format, list[Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    for path in files:
         if path.suffix == ".idx" and _is_index(path):
             path = path.with_suffix(".bin")
         format = _format_of(path)
-        sure = (
-            format in (MEGATRON, LLMC, DATATROVE)
-            or (format is NPY and {*re.findall("[a-z]+", path.stem.lower())} & {"train", *VAL_WORDS})
-            or (format is NANOGPT and path.name in ("train.bin", "val.bin"))
-        )
-        if format is not None and sure and path not in found.setdefault(format, []):
+        if format is not None and _is_sure(format, path) and path not in found.setdefault(format, []):
             found[format].append(path)
-    if LLMC in found:  # one whose first bytes are damaged among others is not left out in silence
-        found[LLMC] = sorted({*found[LLMC], *found.pop(NANOGPT, []), *_like(found[LLMC], folder)})
+    # One whose first bytes are damaged among others is not left out in silence.
+    for format in (LLMC, NPY):
+        if format in found:
+            found[format] = sorted({*found[format], *_like(found[format], files)})
+    for format in (MEGATRON, DATATROVE):
+        if format in found:
+            found[format] = sorted({*found[format], *(p for p in files if _format_of(p) is format)})
+    found = {format: paths for format, paths in found.items() if paths}
+    if not found and not any(p.is_dir() and p.name != TOKENIZER for p in folder.iterdir()):
+        return _named(files)  # nothing else lies there: a damaged one is told so, not taken for text
     return found
 
 
-def _like(files: list[Path], folder: Path) -> set[Path]:
+def _is_sure(format: Format, path: Path) -> bool:
+    """Whether the file shows what it is, by its first bytes, by what lies beside it, or by nanoGPT's names."""
+    if format is MEGATRON:
+        index = path.with_suffix(".idx")
+        return index.is_file() and _is_index(index)
+    if format is DATATROVE:
+        return any(path.with_name(path.name + end).exists() for end in (".index", ".metadata"))
+    if format is NPY:
+        words = set(re.findall("[a-z]+", path.stem.lower()))
+        return bool(words & {"train", *VAL_WORDS}) and NPY.recognises(path)
+    return format is LLMC or path.name in ("train.bin", "val.bin")
+
+
+def _like(sure: list[Path], files: list[Path]) -> set[Path]:
     """Files whose names differ from these in digits alone."""
-    patterns = {re.sub(r"\d+", "0", f.name) for f in files}
-    return {p for p in folder.iterdir() if re.sub(r"\d+", "0", p.name) in patterns}
+    patterns = {re.sub(r"\d+", "0", f.name) for f in sure}
+    return {f for f in files if re.sub(r"\d+", "0", f.name) in patterns}
 
 
 def _format_of(path: Path) -> Format | None:

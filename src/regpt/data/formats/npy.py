@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tokenize
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,25 +23,18 @@ class Npy(Format):
     eot: Eot = "prepend"
     suffix = ".npy"
 
+    def recognises(self, path: Path) -> bool:
+        """Whether the header is whole and says that ids follow."""
+        try:
+            shape, dtype, _ = _header(path)
+        except DataError:
+            return False
+        return _is_row_of_ids(shape, dtype)
+
     def open_file(self, path: Path, vocab_size: int) -> TokenFile:
         """See `Format.open_file`."""
-        with open(path, "rb") as file:
-            magic = file.read(len(MAGIC))
-            if magic != MAGIC:
-                raise DataError(f"{path} is not a .npy file: byte 0.", got=magic, expected=MAGIC)
-            file.seek(0)
-            try:
-                version = np.lib.format.read_magic(file)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read(file)
-            except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
-                raise DataError(f"{path} has a damaged header, at byte {len(MAGIC)}: {e}") from None
-            offset = file.tell()
-        if len(shape) != 1 or shape[0] < 0 or dtype.str not in TYPES:
+        shape, dtype, offset = _header(path)
+        if not _is_row_of_ids(shape, dtype):
             raise DataError(
                 f"{path} is not one row of token ids, says its header at byte {len(MAGIC) + 4}.",
                 got=f"{dtype.str} of shape {shape}",
@@ -50,3 +44,23 @@ class Npy(Format):
             path, offset + shape[0] * dtype.itemsize, f"its header says {shape[0]:,} ids of {dtype.name}"
         )
         return TokenFile(IdsFile(path, offset, shape[0], dtype))
+
+
+def _is_row_of_ids(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    return len(shape) == 1 and shape[0] >= 0 and dtype.str in TYPES
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type, and the byte behind the header."""
+    with open(path, "rb") as file:
+        magic = file.read(len(MAGIC))
+        if magic != MAGIC:
+            raise DataError(f"{path} is not a .npy file: byte 0.", got=magic, expected=MAGIC)
+        file.seek(0)
+        try:
+            first = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as e:
+            raise DataError(f"{path} has a damaged header, at byte {len(MAGIC)}: {e}") from None
+        return shape, dtype, file.tell()
