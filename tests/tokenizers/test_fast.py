@@ -16,6 +16,7 @@ from regpt.errors import ConfigError, DataError, DeviceError
 from regpt.tokenizers import fast
 from regpt.tokenizers.bpe import BPETokenizer, train_bpe
 from regpt.tokenizers.gpt2 import GPT2Tokenizer
+from regpt.tokenizers.patterns import PATTERNS
 
 
 @pytest.fixture
@@ -183,3 +184,14 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked, found in (("", "gigatoken"), ("auto", "gigatoken"), ("tiktoken", "tiktoken")):
         monkeypatch.setenv(fast.VARIABLE, asked)
         assert fast.backend() == found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_gigatoken")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_code_point_in_every_company(gpt2: GPT2Tokenizer, pattern: str) -> None:
+    """Between letters, digits, blanks, punctuation, line ends and at the end: two Unicode tables that must agree."""
+    tokenizer = BPETokenizer(gpt2.merges, pattern=pattern)
+    for c in map(chr, [*range(0xD800), *range(0xE000, 0x110000)]):
+        text = f"a{c}b {c} 1{c}{c}2{c} !{c}\n{c}x '{c} {c}{c}the{c}\r\n\n {c}"
+        assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text), hex(ord(c))

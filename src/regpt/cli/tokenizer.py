@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import textwrap
 import time
 from collections import Counter
@@ -138,12 +139,12 @@ def train(argv: list[str]) -> int:
         "learner": learner(),
         "seconds": round(seconds, 3),
     }
-    sources = " ".join(args.sources)
+    source, made = shlex.quote(args.sources[0]), shlex.quote(args.out)
     lines = [
         *_described(values),
         f"time         {duration(seconds)}",
-        f"next:        regpt tokenizer show {args.out}",
-        f"             regpt prepare {sources} --tokenizer {args.out} --out …",
+        f"next:        regpt tokenizer show {made}",
+        f"             regpt prepare {source} --tokenizer {made} --out …",
     ]
     out.result(values, "\n".join(lines))
     return 0
