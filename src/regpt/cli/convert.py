@@ -94,9 +94,9 @@ def _opened(args: Args) -> tuple[TokenSet, Tokenizer | None]:
     """
     import numpy as np
 
-    from regpt.data.corpus import open_tokens
     from regpt.data.foreign import open_foreign
     from regpt.data.formats import recognise
+    from regpt.data.in_place import open_tokens
     from regpt.data.shards import TokenizerFacts
 
     if args.eot_id is None and args.vocab_size is None:

@@ -214,8 +214,8 @@ def inspect_tokens(args: Args) -> None:
     Raises:
         DataError: naming the file and the byte where something is wrong.
     """
-    from regpt.data.corpus import open_tokens
     from regpt.data.foreign import ForeignSet
+    from regpt.data.in_place import open_tokens
 
     out = Output(args)
     tokens, tokenizer = open_tokens(args.path, args.tokenizer, args.tokenizer_files)

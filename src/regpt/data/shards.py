@@ -23,6 +23,7 @@ import xxhash
 
 from regpt.data.split import Ids, IdsFile, TokenSplit
 from regpt.errors import DataError
+from regpt.tokenizers import Tokenizer, load_tokenizer
 from regpt.train.durable import sealed, unsealed
 
 MANIFEST = "manifest.json"
@@ -234,6 +235,18 @@ class Shards:
     def splits(self) -> Mapping[str, SplitFacts]:
         """Which splits there are, and their totals."""
         return self.manifest.splits
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that lies beside the shards, once it is sure that it wrote them."""
+        tokenizer = load_tokenizer(self.path / TOKENIZER)
+        if tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise DataError(
+                f"{self.path / TOKENIZER} is not the tokenizer that these shards were written with.",
+                got=tokenizer.fingerprint,
+                expected=self.tokenizer.fingerprint,
+                hint="prepare the shards again, or copy the whole folder",
+            )
+        return tokenizer
 
     def split(self, name: str) -> TokenSplit:
         """The ids of "train" or "val"."""

@@ -25,6 +25,8 @@ HEADER = "regpt-tokenizer.json"
 FORMAT = 1
 SIZES = {"gpt2": 50257, "bytes": 257}  # ids of those that no text is needed for
 LEAST_ENTRIES = 257  # of a tokenizer that is trained: 256 bytes and END_OF_TEXT
+TRAINED = ("chars", "bpe")
+"""Kinds that are made from the text itself."""
 KINDS = ("gpt2", "chars", "bytes", "bpe")
 """Each is a module of this package, with `load(folder)`."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from regpt.config import Config
-from regpt.data.corpus import Listener, known_corpus
+from regpt.data.corpus import known_corpus
 from regpt.data.loader import Loader
 from regpt.data.split import Ids, TokenSplit
 from regpt.errors import ConfigError, UsageError
@@ -44,6 +44,7 @@ from regpt.train.plan import LARGEST, Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.session import check_memory, new_model, shortage_said
 from regpt.train.signals import StopRequest
+from regpt.train.track import Listener
 
 WARM_UP_STEPS = 3  # the first compiles, allocates and imports
 TIMED_S = 10.0  # how long is timed where no number of steps is given,

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from regpt.config import Config, OptimConfig
-from regpt.data.corpus import Listener
 from regpt.data.loader import Loader, eval_batches
 from regpt.data.split import TokenSplit
 from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
@@ -50,7 +49,7 @@ from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
 from regpt.train.plan import Plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
-from regpt.train.track import Tracker
+from regpt.train.track import Listener, Tracker
 
 # Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory).
 # Logits need no bound of their own: where there are many, `models/loss.py` holds a chunk of them.

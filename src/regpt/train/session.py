@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from regpt.config import Config, build, differences, to_dict
-from regpt.data.corpus import Listener, corpus, text_identity
+from regpt.data.corpus import corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.split import TokenSet
 from regpt.errors import (
@@ -40,7 +40,7 @@ from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import check_trackers, make_trackers
+from regpt.train.track import Listener, check_trackers, make_trackers
 
 HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.

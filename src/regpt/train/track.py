@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from regpt.config import TrackConfig
 from regpt.errors import RegptError, missing_package
 
+Listener = Callable[[str, int, dict[str, Any]], None]
+"""Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
 GROUPS = {"step": "train", "eval": "val"}
 """Events whose numbers are curves, and the heading that they stand under."""
 
