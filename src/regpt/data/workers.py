@@ -35,6 +35,7 @@ from regpt.tokenizers import Tokenizer, load_tokenizer
 HASH_SEED = 0x5EED
 BATCH_IDS = 1 << 16  # ids are checked and written so many at a time
 WAIT_S = 0.5
+MANY_WORKERS = 5  # from so many on, the process that feeds them and writes what they give does nothing else
 # Ctrl-C reaches every process of a terminal; the one that was called decides.
 START = """import json, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -70,8 +71,17 @@ def document_hash(document: Document) -> int | None:
     return None if blank else digest.intdigest()
 
 
-def tokenize(part: Part, tokenizer: Tokenizer, path: Path) -> Tokenized:
+class _Stopped(Exception):
+    """Nobody waits for the part any more."""
+
+
+def tokenize(
+    part: Part, tokenizer: Tokenizer, path: Path, stopped: Callable[[], bool] = lambda: False
+) -> Tokenized:
     """Write the ids of the part's documents to `path`, each document ended by `<|endoftext|>`.
+
+    Args:
+        stopped: asked between pieces of text; once it says yes, this ends with an exception of its own.
 
     Raises:
         DataError: the text is damaged, or the tokenizer cannot encode it, or gives ids outside its vocabulary.
@@ -86,6 +96,8 @@ def tokenize(part: Part, tokenizer: Tokenizer, path: Path) -> Tokenized:
             digest, blank = xxhash.xxh3_64(seed=HASH_SEED), part.fragment is None
             try:
                 for piece in document():
+                    if stopped():
+                        raise _Stopped
                     raw = piece.encode()
                     digest.update(raw)
                     size += len(raw)
@@ -182,7 +194,7 @@ def tokenizing(
         path = work / "ids"
         yield lambda parts: ((part, path, tokenize(part, tokenizer, path)) for part in parts)
         return
-    pool = _Pool(workers, folder)
+    pool = _Pool(workers, folder, tokenizer)
     try:
         yield lambda parts: pool.ordered(parts, work, tick)
     finally:
@@ -190,18 +202,23 @@ def tokenizing(
 
 
 class _Pool:
-    """Processes, each fed by a thread of ours."""
+    """Processes, each fed by a thread of ours; of few, this one is the first, and is at work while the others start."""
 
-    def __init__(self, workers: int, folder: Path) -> None:
+    def __init__(self, workers: int, folder: Path, tokenizer: Tokenizer) -> None:
         command = [sys.executable, "-c", START, json.dumps(sys.path), str(folder)]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }  # numpy's, not needed
+        self.n_workers, self.tokenizer = workers, tokenizer
         self.threads = ThreadPoolExecutor(workers)
+        self.stopped = threading.Event()
         self.workers: list[subprocess.Popen[str]] = []
-        self.idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
-        for _ in range(workers):
+        self.idle: queue.SimpleQueue[subprocess.Popen[str] | None] = queue.SimpleQueue()  # None: this process
+        works_here = workers < MANY_WORKERS
+        if works_here:
+            self.idle.put(None)
+        for _ in range(workers - works_here):
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment)
             self.workers.append(process)
@@ -215,7 +232,7 @@ class _Pool:
         for number, part in enumerate(parts):
             path = work / f"ids-{number}"
             waiting.append((part, path, self.threads.submit(self._ask, part, path)))
-            if len(waiting) > 2 * len(self.workers):
+            if len(waiting) > 2 * self.n_workers:
                 yield self._next(waiting, tick)
         while waiting:
             yield self._next(waiting, tick)
@@ -230,6 +247,11 @@ class _Pool:
 
     def _ask(self, part: Part, path: Path) -> Tokenized:
         worker = self.idle.get()
+        if worker is None:
+            try:
+                return tokenize(part, self.tokenizer, path, self.stopped.is_set)
+            finally:
+                self.idle.put(None)
         assert worker.stdin and worker.stdout
         try:
             worker.stdin.write(json.dumps([dataclasses.asdict(part), str(path)]) + "\n")
@@ -250,7 +272,8 @@ class _Pool:
         return Tokenized(**answer)
 
     def close(self) -> None:
-        """End the processes now."""
+        """End the processes now, and our own work at the next piece."""
+        self.stopped.set()
         for worker in self.workers:
             worker.kill()
         self.threads.shutdown(cancel_futures=True)

@@ -27,13 +27,20 @@ def _byte_of_char() -> dict[str, int]:
 
 BYTE_OF_CHAR = _byte_of_char()
 CHAR_OF_BYTE = {b: c for c, b in BYTE_OF_CHAR.items()}
+# To the character of the byte's own value; what stands for no byte, to one that Latin-1 lacks.
+_LATIN_1 = dict.fromkeys(range(256), "\N{REPLACEMENT CHARACTER}") | {
+    ord(c): chr(b) for c, b in BYTE_OF_CHAR.items()
+}
 ALPHABET = sorted(BYTE_OF_CHAR)
 """Of the ids 0 to 255, in GPT-2's order: that of the characters."""
 
 
 def token_bytes(written: str) -> bytes:
     """The bytes of a token as vocabulary files write it. Raises KeyError for what stands for no byte."""
-    return bytes([BYTE_OF_CHAR[c] for c in written])
+    try:
+        return written.translate(_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError as e:
+        raise KeyError(written[e.start]) from None
 
 
 def written_token(token: bytes) -> str:
