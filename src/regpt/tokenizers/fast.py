@@ -92,6 +92,7 @@ class FastEncoder:
 
     def _make(self) -> bool:
         """A new engine; tiktoken for good, aloud, where gigatoken cannot be loaded or does not take the vocabulary."""
+        assert self._json is not None
         try:
             from gigatoken.gigatoken_rs import load_hf_json
 
