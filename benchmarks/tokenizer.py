@@ -231,6 +231,7 @@ def in_turn(names: list[str], path: Path, o: argparse.Namespace) -> dict[str, li
                 del rows[name]
             else:
                 rows[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{name}: {rows[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     return rows
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from regpt.config import TokenizerConfig
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import END_OF_TEXT, MAX_BYTES, check_entries
@@ -219,7 +217,7 @@ def _occurs(merges: Sequence[Merge], pieces: Iterable[str], pattern: str, min_fr
     tokenizer, found = BPETokenizer(merges, pattern=pattern), 0
     last = tokenizer.vocab_size - 2
     for piece in pieces:
-        found += int(np.count_nonzero(tokenizer.encode_array(piece) == last))
+        found += tokenizer.encode(piece).count(last)
         if found >= min_frequency:
             return True
     return False

@@ -1,6 +1,6 @@
 """Whole corpora to ids by gigatoken, where it is installed; compared with tiktoken on a sample of every run's text.
 
-gigatoken is some twenty times as fast, and young. So each process compares the first texts that it encodes, and then
+gigatoken is several times as fast, and young. So each process compares the first texts that it encodes, and then
 one in a hundred, with what tiktoken says: one id that differs stops the work. The only importer of gigatoken.
 """
 

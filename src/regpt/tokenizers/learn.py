@@ -17,7 +17,7 @@ from regpt.tokenizers.exchange import CHAR_OF_BYTE, Merge, token_bytes, written_
 from regpt.tokenizers.patterns import PATTERNS
 
 LEARNERS = ("rustbpe", "tokenizers")
-BUFFERED_TEXTS = 128  # that rustbpe splits at a time, in parallel: more take memory and bring no speed
+BUFFERED_TEXTS = 512  # of 64K characters at most, that rustbpe splits at a time, in parallel
 MOST_BYTES = (1 << 31) - 1  # of text: both libraries count pairs in 32 bits
 
 
