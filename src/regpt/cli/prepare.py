@@ -100,6 +100,7 @@ def main(argv: list[str]) -> int:
     )
     from regpt.data.request import Request, Selection, Slice
     from regpt.data.sources import open_sources
+    from regpt.tokenizers.fast import backend
 
     out, begun = Output(args), time.monotonic()
     selection = Selection(
@@ -127,6 +128,8 @@ def main(argv: list[str]) -> int:
         f"{megabytes(source.stored_bytes)} in {len(source.files):,} files; the shards will take about "
         f"{megabytes(estimated_bytes(request))}" + (f" and {duration(seconds)}" if seconds else "")
     )
+    if tokenizer.kind in ("gpt2", "bpe") and backend() == "gigatoken":
+        out.info("encoding with gigatoken; samples are compared with tiktoken's ids")
     total = request.within_bytes
     with out.progress("tokenising", total, "bytes") as bar:
         manifest = prepare(
