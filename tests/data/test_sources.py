@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.server
 import os
 import sysconfig
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from regpt.data import sources
+from regpt.data import documents, sources
 from regpt.data.sources import open_source
 from regpt.errors import DataError
+from regpt.tokenizers import END_OF_TEXT
 
 
 def names(spec: Path | str) -> list[str]:
@@ -186,3 +189,28 @@ def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch, test_
     source.files[0].path.unlink()
     with pytest.raises(DataError, match=r"cannot(.|\n)*regpt prepare input.txt"):
         open_source("shakespeare")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_is_binary_by_its_head_alone(tmp_path, monkeypatch, suffix) -> None:
+    """A NUL further on is text like any other, also where a piece of a packed file begins with it."""
+    monkeypatch.setattr(sources, "PART_BYTES", 500)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 100)
+    monkeypatch.setattr(documents, "HEAD_BYTES", 50)
+    monkeypatch.setattr(sources, "HEAD_BYTES", 50)
+    separator = END_OF_TEXT
+    late = separator.join(["x" * 60, *(f"\0 {i} " + "y" * 40 for i in range(50))])
+    early = separator.join(["\0", *("z" * 50 for i in range(50))])
+    write = gzip.open if suffix else open
+    for name, text in (("a", late), ("b", early)):
+        with write(tmp_path / f"{name}.txt{suffix}", "wb") as file:
+            file.write(text.encode())
+    (tmp_path / "work").mkdir()
+    source = open_source(str(tmp_path / f"*.txt{suffix}"))
+    found, skipped, stored = [], Counter(), 0
+    for part in source.parts(tmp_path / "work"):
+        found += ["".join(d()) for d in documents.documents(part, skipped)]
+        stored += part.stored_bytes
+        part.delete_if_temporary()
+    assert found == late.split(separator) and skipped == {"binary": 1}
+    assert stored == source.stored_bytes and not list((tmp_path / "work").iterdir())

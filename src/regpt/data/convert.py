@@ -239,7 +239,7 @@ class _ShardWriter(Writer):
         if not len(ids):
             return
         whole = bool(len(ends)) and int(ends[-1]) == len(ids)
-        lengths = np.diff(ends if whole else np.append(ends, len(ids)), prepend=0).tolist()
+        lengths = np.diff(ends if whole else np.append(ends, len(ids)), prepend=0)
         data = io.BytesIO(ids.astype(self.dtype).tobytes())
         self.shards.add(data, lengths, int(self.byte_lengths[ids].sum()), whole=whole)
         self.max_id = max(self.max_id, int(ids.max()))

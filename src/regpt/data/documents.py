@@ -117,8 +117,8 @@ def _has_chars(document: Document, n: int) -> bool:
 
 
 def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
-    if b"\0" in data[:HEAD_BYTES]:
-        skipped["binary"] += part.start + part.offset == 0
+    if part.offset == 0 and b"\0" in data[:HEAD_BYTES]:  # the head of the file, not of a later piece of it
+        skipped["binary"] += part.start == 0
         return
     if part.fragment:
         yield partial(_decoded, data, part.start, part.end)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 CACHE_KIB = 32 << 10
-MOST_ASKED = 10_000  # hashes in one question
+MOST_AT_ONCE = 20_000  # hashes in one statement
+
+Hashes = NDArray[np.uint64]
 
 
 class Seen:
@@ -21,50 +28,66 @@ class Seen:
 
         Raises:
             ValueError: the table was last saved before `step`, or is none.
+            OSError: the disk has no room, or takes no such file.
         """
-        try:
+        self._path = path
+        with self._told():
             self._table = sqlite3.connect(path, isolation_level=None)
-            for pragma in (f"cache_size=-{CACHE_KIB}", "journal_mode=WAL", "synchronous=FULL"):
+            for pragma in (
+                "locking_mode=EXCLUSIVE",  # nobody else has it; so WAL needs no shared memory, which network disks lack
+                f"cache_size=-{CACHE_KIB}",
+                "journal_mode=WAL",
+                "synchronous=FULL",
+            ):
                 self._table.execute(f"PRAGMA {pragma}").close()
-            self._table.execute(
-                "CREATE TABLE IF NOT EXISTS seen (hash INTEGER PRIMARY KEY, step INTEGER) STRICT"
-            )
-            self._table.execute("CREATE TABLE IF NOT EXISTS saved (step INTEGER) STRICT")
+            for columns in ("seen (hash INTEGER PRIMARY KEY, step INTEGER)", "saved (step INTEGER)"):
+                self._table.execute(f"CREATE TABLE IF NOT EXISTS {columns} STRICT")
             (saved,) = self._table.execute("SELECT coalesce(max(step), 0) FROM saved").fetchone()
             if saved < step:
+                self._table.close()
                 raise ValueError(f"{path} knows of {saved} steps, not of {step}")
             if saved > step:  # the crash came between saving this and saving what belongs to it
                 self._table.execute("DELETE FROM seen WHERE step >= ?", (step,))
             self._table.execute("BEGIN")
-        except sqlite3.Error as e:
-            raise ValueError(f"{path}: {e}") from None
 
-    def add(self, hashes: Sequence[int], step: int) -> list[bool]:
-        """Whether each hash was there before it, those of this call included; afterwards all are."""
-        signed = [h - (1 << 64) if h >> 63 else h for h in hashes]
-        known: set[int] = set()
-        for at in range(0, len(signed), MOST_ASKED):
-            asked = str(signed[at : at + MOST_ASKED])
-            rows = self._table.execute(
-                "SELECT hash FROM seen WHERE hash IN (SELECT value FROM json_each(?))", (asked,)
-            )
-            known.update(h for (h,) in rows)
-        before, new = [], []
-        for h in signed:
-            before.append(h in known)
-            if h not in known:
-                known.add(h)
-                new.append((h, step))
-        self._table.executemany("INSERT INTO seen VALUES (?, ?)", new)
+    def add(self, hashes: Hashes, step: int) -> NDArray[np.bool_]:
+        """Whether each hash (n,) was there before it, those of this call included; afterwards all are. (n,)"""
+        signed, first = np.unique(
+            hashes.view(np.int64), return_index=True
+        )  # sorted: neighbours lie on one page
+        new: list[int] = []
+        with self._told():
+            for at in range(0, len(signed), MOST_AT_ONCE):
+                some = str(signed[at : at + MOST_AT_ONCE].tolist())
+                rows = self._table.execute(
+                    "INSERT OR IGNORE INTO seen SELECT value, ? FROM json_each(?) RETURNING hash",
+                    (step, some),
+                )
+                new += [h for (h,) in rows]
+        before = np.ones(len(hashes), dtype=bool)
+        before[first[np.isin(signed, np.array(new, dtype=np.int64))]] = False
         return before
 
     def save(self, step: int) -> None:
         """Make everything so far durable; `step` is the first that is not in it."""
-        self._table.execute("DELETE FROM saved")
-        self._table.execute("INSERT INTO saved VALUES (?)", (step,))
-        self._table.execute("COMMIT")
-        self._table.execute("BEGIN")
+        with self._told():
+            self._table.execute("DELETE FROM saved")
+            self._table.execute("INSERT INTO saved VALUES (?)", (step,))
+            self._table.execute("COMMIT")
+            self._table.execute("BEGIN")
 
     def close(self) -> None:
         """Let go of the file, as it was saved last."""
         self._table.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors as the system would tell them."""
+        try:
+            yield
+        except sqlite3.Error as e:
+            if e.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, "No space left on device", str(self._path)) from None
+            if isinstance(e, sqlite3.OperationalError):
+                raise OSError(errno.EIO, str(e), str(self._path)) from None
+            raise ValueError(f"{self._path}: {e}") from None

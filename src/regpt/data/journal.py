@@ -7,18 +7,22 @@ journal.json    how far all of that is; written last
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regpt.data.documents import Part
 from regpt.data.duplicates import Seen
 from regpt.data.request import Request
 from regpt.data.shards import MANIFEST, SPLITS, TOKENIZER, dtype_for
-from regpt.data.workers import Tokenized
+from regpt.data.workers import FACTS, Tokenized, facts_path
 from regpt.data.writer import SplitWriter
 from regpt.train.durable import replace_file, sync_folder
 
@@ -34,6 +38,13 @@ def clear(work: Path) -> None:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
+
+
+def runs(values: NDArray[Any]) -> Iterator[slice]:
+    """Stretches of equal values, in order."""
+    cuts = (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()
+    if len(values):
+        yield from map(slice, [0, *cuts], [*cuts, len(values)])
 
 
 class Progress:
@@ -100,24 +111,29 @@ class Progress:
     def take(self, split: str, part: Part, path: Path, result: Tokenized, threshold: int) -> None:
         """Append a tokenised part, whose ids lie at `path`, and delete that file."""
         assert self.seen is not None
-        dropped = [False] * len(result.hashes)
+        facts = np.fromfile(facts_path(path), FACTS)
+        dropped = np.zeros(len(facts), dtype=bool)
         if part.fragment is None:
-            repeated = self.seen.add(result.hashes, self.parts)
-            self.duplicates += sum(repeated)
+            repeated = self.seen.add(facts["hash"], self.parts)
+            n_repeated = int(repeated.sum())
+            self.duplicates += n_repeated
             if self.request.selection.dedup:
                 dropped = repeated
-                self.skipped["duplicate"] += sum(repeated)
-        names = [("val" if h < threshold else "train") if split == "hash" else split for h in result.hashes]
-        rows = zip(dropped, names, result.tokens, result.bytes, strict=True)
+                self.skipped["duplicate"] += n_repeated
+        # Held out where every hash is below `threshold`, which may be 2**64 itself.
+        held_out = (
+            facts["hash"] <= np.uint64(threshold - 1) if threshold else np.zeros(len(facts), dtype=bool)
+        )
         with open(path, "rb") as ids:
-            for (is_dropped, name), run in itertools.groupby(rows, key=lambda row: row[:2]):
-                _, _, tokens, sizes = zip(*run, strict=True)
-                writer = self.splits[name]
-                if is_dropped:
-                    ids.seek(sum(tokens) * writer.itemsize, os.SEEK_CUR)
+            for run in runs(dropped * 2 + held_out):
+                name = split if split != "hash" else "val" if held_out[run.start] else "train"
+                tokens, writer = facts["tokens"][run], self.splits[name]
+                if dropped[run.start]:
+                    ids.seek(int(tokens.sum()) * writer.itemsize, os.SEEK_CUR)
                 else:
-                    writer.add(ids, tokens, sum(sizes), whole=part.fragment != "middle")
-        os.unlink(path)
+                    writer.add(ids, tokens, int(facts["bytes"][run].sum()), whole=part.fragment != "middle")
+        for done in (path, facts_path(path)):
+            os.unlink(done)
         self.skipped.update(result.skipped)
         self.max_id = max(self.max_id, result.max_id)
         self.bytes += part.stored_bytes

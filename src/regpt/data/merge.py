@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from regpt.data.duplicates import Seen
-from regpt.data.journal import SEEN, SHARDS, clear
+from regpt.data.journal import SEEN, SHARDS, clear, runs
 from regpt.data.prepare import check_disk, finished, partial_folder, publish, require_text
 from regpt.data.request import Slice
 from regpt.data.shards import TOKENIZER, Manifest, Shards
 from regpt.data.split import Ids
-from regpt.data.stored import Files, StoredIds, document_lengths, shard_files
+from regpt.data.stored import StoredIds, document_lengths, shard_files
 from regpt.data.writer import SplitWriter
 from regpt.errors import DataError
 from regpt.tokenizers import Tokenizer, load_tokenizer
@@ -111,7 +112,7 @@ class _Joined:
 
     def __init__(self, slices: list[Shards], work: Path, request: dict[str, object]) -> None:
         first = slices[0].manifest
-        self.slices, self.dedup = slices, bool(request.get("dedup"))
+        self.slices, self.dedup, self.single_texts = slices, bool(request.get("dedup")), first.single_texts
         self.seen = Seen(work / SEEN)
         shard_tokens = int(str(request["shard_tokens"]))
         self.writers = {
@@ -134,18 +135,19 @@ class _Joined:
             ids, ahead = StoredIds(files), StoredIds(files)
             try:
                 for lengths, ended in document_lengths(files):
-                    dropped = self._dropped(ahead, lengths, files) if ended else [False]
-                    for is_dropped, run in itertools.groupby(
-                        zip(dropped, lengths.tolist(), strict=True), lambda row: row[0]
-                    ):
-                        sizes = [size for _, size in run]
-                        if is_dropped:
+                    looked_at = ended and name not in self.single_texts
+                    dropped = (
+                        self._dropped(ahead, lengths) if looked_at else np.zeros(len(lengths), dtype=bool)
+                    )
+                    for run in runs(dropped):
+                        sizes = lengths[run]
+                        if dropped[run.start]:
                             source_bytes -= sum(
-                                self._text_bytes(ids, size, writer.itemsize) for size in sizes
+                                self._text_bytes(ids, size, writer.itemsize) for size in sizes.tolist()
                             )
                         else:
                             writer.add(ids, sizes, 0, whole=ended)
-                        copied += sum(sizes) * writer.itemsize
+                        copied += int(sizes.sum()) * writer.itemsize
                         progress(copied)
             finally:
                 ids.close()
@@ -158,20 +160,21 @@ class _Joined:
         for writer in self.writers.values():
             writer.abandon()
 
-    def _dropped(self, ahead: StoredIds, lengths: Ids, files: Files) -> list[bool]:
+    def _dropped(self, ahead: StoredIds, lengths: Ids) -> NDArray[np.bool_]:
         """Which of the documents are left out. By their ids, which are equal where the text is."""
         itemsize = next(iter(self.writers.values())).itemsize
-        hashes = []
+        hashes = array("Q")
         for length in lengths.tolist():
             digest = xxhash.xxh3_64()
             for block in ahead.blocks(length * itemsize):
                 digest.update(block)
             hashes.append(digest.intdigest())
-        repeated = self.seen.add(hashes, 0)
-        self.duplicates += sum(repeated)
+        repeated = self.seen.add(np.frombuffer(hashes, np.uint64), 0)
+        n_repeated = int(repeated.sum())
+        self.duplicates += n_repeated
         if not self.dedup:
-            return [False] * len(hashes)
-        self.skipped["duplicate"] += sum(repeated)
+            return np.zeros(len(lengths), dtype=bool)
+        self.skipped["duplicate"] += n_repeated
         return repeated
 
     def _text_bytes(self, ids: StoredIds, length: int, itemsize: int) -> int:

@@ -320,6 +320,7 @@ def _finish(request: Request, done: Progress, out: Path) -> Manifest:
         splits={},
         skipped={k: n for k, n in sorted(skipped.items()) if n},
         duplicates=done.duplicates,
+        single_texts=request.single_texts,
     )
     if request.selection.shuffle_seed is not None and not request.selection.slice:
         done.save()  # a crash from here on costs no tokenising

@@ -110,6 +110,12 @@ class Request:
         } | self.selection.asked()
 
     @property
+    def single_texts(self) -> tuple[str, ...]:
+        """Splits that are one text, or a part of one."""
+        own = {"train": self.source, "val": self.val_source or self.source}
+        return tuple(name for name, source in own.items() if source.single_text)
+
+    @property
     def stored_bytes(self) -> int:
         """Of all files."""
         return self.source.stored_bytes + (self.val_source.stored_bytes if self.val_source else 0)

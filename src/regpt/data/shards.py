@@ -110,6 +110,8 @@ class Manifest:
     """What was left out, by reason."""
     duplicates: int | None = None
     """Documents whose text is that of an earlier one, left out or not. None: written before they were counted."""
+    single_texts: tuple[str, ...] = ()
+    """Splits that are one text, or a part of one: those are never taken for duplicates."""
     eot: str = "appended"
     format: str = FORMAT
 
@@ -147,6 +149,7 @@ class Manifest:
             values["source"] = SourceFacts(**values["source"])
             values["val_source"] = values["val_source"] and SourceFacts(**values["val_source"])
             values["splits"] = {name: SplitFacts(**facts) for name, facts in values["splits"].items()}
+            values["single_texts"] = tuple(values.get("single_texts", ()))
             values["files"] = tuple(ShardFile(**f) for f in values["files"])
             manifest = cls(**values)
             manifest._check(file)

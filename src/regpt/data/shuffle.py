@@ -17,7 +17,9 @@ from regpt.data.stored import Files, StoredIds, document_lengths
 from regpt.data.writer import SplitWriter
 
 BUCKET_BYTES = 64 << 20
-MOST_BUCKETS = 512  # files open at once
+MOST_BUCKETS = (
+    128  # files open at once; a process may have 256 on macOS. Above 8 GB of ids buckets are larger
+)
 HEADER_BYTES = 8  # before each document in a bucket: its size in bytes
 
 
@@ -37,7 +39,7 @@ def shuffle(files: Files, out: SplitWriter, seed: int, work: Path) -> None:
             order = chance.permutation(len(starts))
             if len(order):
                 shuffled = _Gathered(file, starts[order], sizes[order])
-                out.add(shuffled, (sizes[order] // out.itemsize).tolist(), 0, whole=True)
+                out.add(shuffled, sizes[order] // out.itemsize, 0, whole=True)
         path.unlink()
 
 

@@ -32,6 +32,7 @@ from regpt.config import VAL_FRACTION, DataConfig
 from regpt.data.articles import articles
 from regpt.data.documents import (
     DELIMITERS,
+    HEAD_BYTES,
     PIECE_BYTES,
     Form,
     Fragment,
@@ -241,6 +242,10 @@ class Source:
                     while cut < 0 and not ended:
                         block = carried or read_block(stream, f.path)
                         carried, ended = b"", not block
+                        if offset + size == 0 and f.form == "text" and b"\0" in block[:HEAD_BYTES]:
+                            ended = (
+                                True  # binary: who reads this piece says so, and the rest is not looked at
+                            )
                         if size + len(block) >= PART_BYTES:
                             found = (edge + block).rfind(delimiter)
                             cut = found + len(delimiter) - len(edge) if found >= 0 else -1

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -47,16 +48,19 @@ serve(sys.argv[2])
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What became of a part; its ids lie in a file, one document after the other."""
+    """What became of a part, beside two files: its ids, one document after the other, and `FACTS` of each document."""
 
-    tokens: list[int]
-    """Of each document, `<|endoftext|>` included."""
-    bytes: list[int]
-    """Of each document's text as UTF-8."""
-    hashes: list[int]
-    """xxh3_64 of each document's text: what decides its split."""
     max_id: int
     skipped: dict[str, int]
+
+
+FACTS = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("hash", "<u8")])
+"""Of a document: its ids, `<|endoftext|>` included; its text as UTF-8; xxh3_64 of that, which decides its split."""
+
+
+def facts_path(path: Path) -> Path:
+    """Where the facts lie that belong to the ids at `path`."""
+    return path.with_name(f"{path.name}.facts")
 
 
 def document_hash(document: Document) -> int | None:
@@ -78,7 +82,7 @@ class _Stopped(Exception):
 def tokenize(
     part: Part, tokenizer: Tokenizer, path: Path, stopped: Callable[[], bool] = lambda: False
 ) -> Tokenized:
-    """Write the ids of the part's documents to `path`, each document ended by `<|endoftext|>`.
+    """Write the ids of the part's documents to `path`, each document ended by `<|endoftext|>`; facts beside them.
 
     Args:
         stopped: asked between pieces of text; once it says yes, this ends with an exception of its own.
@@ -87,7 +91,7 @@ def tokenize(
         DataError: the text is damaged, or the tokenizer cannot encode it, or gives ids outside its vocabulary.
     """
     skipped: Counter[str] = Counter()
-    tokens, sizes, hashes = [], [], []
+    facts = array("Q")
     eot = np.array([tokenizer.eot_id], dtype=np.uint32)
     with open(path, "wb") as file:
         ids = _Ids(file, tokenizer)
@@ -113,13 +117,12 @@ def tokenize(
                 continue
             if part.fragment != "middle":
                 ids.add(eot)
-            tokens.append(ids.total - begun)
-            sizes.append(size)
-            hashes.append(digest.intdigest())
+            facts.extend((ids.total - begun, size, digest.intdigest()))
         ids.flush()
+    np.frombuffer(facts, FACTS).tofile(facts_path(path))
     if part.temporary:
         os.unlink(part.path)
-    return Tokenized(tokens, sizes, hashes, ids.max_id, {k: n for k, n in skipped.items() if n})
+    return Tokenized(ids.max_id, {k: n for k, n in skipped.items() if n})
 
 
 def _encode(tokenizer: Tokenizer, piece: str, part: Part) -> NDArray[np.uint32]:

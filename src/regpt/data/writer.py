@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import xxhash
 
 from regpt.data.shards import ShardFile, SplitFacts
+from regpt.data.split import Ids
 
 COPY_BYTES = 1 << 20
 
@@ -49,18 +49,22 @@ class SplitWriter:
         self.total = _Totals()
         self.ids, self.index = _HashedFile(), _HashedFile()
 
-    def add(self, ids: Readable, lengths: Sequence[int], source_bytes: int, *, whole: bool) -> None:
-        """Copy documents of these lengths; unless `whole`, the last one goes on in the next call."""
-        ends, size, done = np.cumsum(lengths), sum(lengths), 0
-        full = [lengths[0] + self.total.unended, *lengths[1:]]
-        self.total.unended = 0 if whole else full.pop()
-        ends = ends[: len(full)]
+    def add(self, ids: Readable, lengths: Ids, source_bytes: int, *, whole: bool) -> None:
+        """Copy documents of these lengths (n,), n > 0; unless `whole`, the last one goes on in the next call."""
+        full = np.array(lengths, dtype=np.int64)
+        ends, size, done = np.cumsum(full), int(full.sum()), 0
+        full[0] += self.total.unended
+        self.total.unended = 0
+        if not whole:
+            self.total.unended = int(full[-1])
+            full, ends = full[:-1], ends[:-1]
         while done < size:
             if not self.ids.is_open or self.total.tokens_here == self.shard_tokens:
                 self._next_file()
             n = min(size - done, self.shard_tokens - self.total.tokens_here, COPY_BYTES)
             self.ids.write(ids.read(n * self.itemsize))
-            here = ends[(ends > done) & (ends <= done + n)] - done + self.total.tokens_here
+            first, last = np.searchsorted(ends, (done, done + n), side="right")
+            here = ends[first:last] - done + self.total.tokens_here
             self.index.write(here.astype("<u8").tobytes())
             self.total.tokens_here += n
             self.total.documents_here += len(here)
@@ -68,7 +72,7 @@ class SplitWriter:
         self.total.tokens += size
         self.total.source_bytes += source_bytes
         self.total.documents += len(full)
-        self.total.longest = max(self.total.longest, *full, 0)
+        self.total.longest = max(self.total.longest, int(full.max(initial=0)))
 
     def finish(self) -> list[ShardFile]:
         """All files, closed and durable."""
