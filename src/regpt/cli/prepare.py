@@ -72,6 +72,11 @@ class Args(CommonArgs):
     """i/n: only the i-th of n stretches of the source, for many machines; `regpt merge` joins them. None: all."""
     shard_tokens: int = SHARD_TOKENS
     """Ids in one file."""
+    keep_downloads: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-downloads"])] = (
+        DataConfig.keep_downloads
+    )
+    """Files of the hub stay in regpt's cache folder. False: two of them lie beside --out at a time, each is removed when it
+    is done with, and a tokenizer that is trained on the text reads it from the server."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
 
@@ -94,6 +99,7 @@ def main(argv: list[str]) -> int:
         estimated_bytes,
         estimated_seconds,
         megabytes,
+        passing,
         prepare,
         unusual_split,
         workers_for,
@@ -110,6 +116,8 @@ def main(argv: list[str]) -> int:
     )
     selection.check()
     source, val_source, val_fraction = open_sources(_text(args), note=out.info)
+    if not args.keep_downloads:
+        source, val_source = passing(Path(args.out), source, val_source)
     if download := describe_download(source, val_source):
         out.info(download)
     tokenizer = tokenizer_for(
@@ -190,10 +198,12 @@ def describe_download(*sources: Source | None) -> str:
     from regpt.data.prepare import megabytes
     from regpt.tokenizers.download import cache_folder
 
-    missing = sum(s.missing_bytes for s in sources if s)
+    downloads = [d for s in sources if s for d in s.downloads]
+    missing, at_once = (sum(getattr(d, n) for d in downloads) for n in ("missing_bytes", "room_bytes"))
     if not missing:
         return ""
-    folder = cache_folder()
+    folder = downloads[0].passing or cache_folder()
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = megabytes(shutil.disk_usage(there).free)
-    return f"{megabytes(missing)} to download into {folder} ({free} free there)"
+    held = f", at most {megabytes(at_once)} of it at a time" if at_once < missing else ""
+    return f"{megabytes(missing)} to download into {folder}{held} ({free} free there)"

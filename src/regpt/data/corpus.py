@@ -21,7 +21,7 @@ from regpt.config import VAL_FRACTION, Config, TokenizerConfig
 from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, facts_of, open_foreign
 from regpt.data.formats import Found, recognise
 from regpt.data.formats.base import Eot
-from regpt.data.prepare import prepare, training_texts, unusual_split
+from regpt.data.prepare import passing, prepare, training_texts, unusual_split
 from regpt.data.request import Selection
 from regpt.data.shards import FIRST_SHARD, MANIFEST, TOKENIZER, Shards, TokenizerFacts
 from regpt.data.sources import Source, open_sources
@@ -76,6 +76,8 @@ def corpus(
     if (folder / MANIFEST).exists():
         return verified(_prepared(folder, config, text), listen)
     source, val_source, val_fraction = text
+    if not config.data.keep_downloads:
+        source, val_source = passing(folder, source, val_source)
     tokenizer = tokenizer_for(
         config.tokenizer,
         source,
