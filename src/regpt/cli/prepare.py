@@ -72,9 +72,9 @@ class Args(CommonArgs):
     """i/n: only the i-th of n stretches of the source, for many machines; `regpt merge` joins them. None: all."""
     shard_tokens: int = SHARD_TOKENS
     """Ids in one file."""
-    keep_downloads: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-downloads"])] = (
-        DataConfig.keep_downloads
-    )
+    keep_downloads: Annotated[
+        bool, tyro.conf.FlagConversionOff, tyro.conf.arg(aliases=["--data.keep-downloads"])
+    ] = DataConfig.keep_downloads
     """Files of the hub stay in regpt's cache folder. False: two of them lie beside --out at a time, each is removed when it
     is done with, and a tokenizer that is trained on the text reads it from the server."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> int:
         workers_for,
     )
     from regpt.data.request import Request, Selection, Slice
+    from regpt.data.shards import MANIFEST
     from regpt.data.sources import open_sources
 
     out, begun = Output(args), time.monotonic()
@@ -118,7 +119,8 @@ def main(argv: list[str]) -> int:
     source, val_source, val_fraction = open_sources(_text(args), note=out.info)
     if not args.keep_downloads:
         source, val_source = passing(Path(args.out), source, val_source)
-    if download := describe_download(source, val_source):
+    is_done = not args.keep_downloads and (Path(args.out) / MANIFEST).exists()
+    if not is_done and (download := describe_download(source, val_source)):
         out.info(download)
     tokenizer = tokenizer_for(
         args.tokenizer_config(),
@@ -205,5 +207,8 @@ def describe_download(*sources: Source | None) -> str:
     folder = downloads[0].passing or cache_folder()
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = megabytes(shutil.disk_usage(there).free)
-    held = f", at most {megabytes(at_once)} of it at a time" if at_once < missing else ""
-    return f"{megabytes(missing)} to download into {folder}{held} ({free} free there)"
+    if downloads[0].passing:  # less, where some of it is prepared already
+        said = f"up to {megabytes(missing)} to download, at most {megabytes(at_once)} of it at a time,"
+    else:
+        said = f"{megabytes(missing)} to download"
+    return f"{said} into {folder} ({free} free there)"
