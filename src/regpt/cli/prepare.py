@@ -19,6 +19,7 @@ from regpt.cli.parse import CommonArgs, Output, duration, parse
 from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
 
 if TYPE_CHECKING:
+    from regpt.data.corpus import Text
     from regpt.data.shards import Manifest
     from regpt.data.sources import Source
 
@@ -99,14 +100,11 @@ def main(argv: list[str]) -> int:
         estimated_bytes,
         estimated_seconds,
         megabytes,
-        passing,
         prepare,
         unusual_split,
         workers_for,
     )
     from regpt.data.request import Request, Selection, Slice
-    from regpt.data.shards import MANIFEST
-    from regpt.data.sources import open_sources
 
     out, begun = Output(args), time.monotonic()
     selection = Selection(
@@ -116,12 +114,7 @@ def main(argv: list[str]) -> int:
         slice=Slice.parse(args.slice) if args.slice is not None else None,
     )
     selection.check()
-    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
-    if not args.keep_downloads:
-        source, val_source = passing(Path(args.out), source, val_source)
-    is_done = not args.keep_downloads and (Path(args.out) / MANIFEST).exists()
-    if not is_done and (download := describe_download(source, val_source)):
-        out.info(download)
+    source, val_source, val_fraction = _opened(args, out)
     tokenizer = tokenizer_for(
         args.tokenizer_config(),
         source,
@@ -182,6 +175,21 @@ def report(out: Output, folder: str, manifest: Manifest, seconds: float) -> None
         f"next:      regpt inspect {folder}",
     ]
     out.result(result, "\n".join(lines))
+
+
+def _opened(args: Args, out: Output) -> Text:
+    """The sources; says what is to be downloaded."""
+    from regpt.data.prepare import passing
+    from regpt.data.shards import MANIFEST
+    from regpt.data.sources import open_sources
+
+    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
+    if not args.keep_downloads:
+        source, val_source = passing(Path(args.out), source, val_source)
+    is_done = not args.keep_downloads and (Path(args.out) / MANIFEST).exists()
+    if not is_done and (download := describe_download(source, val_source)):
+        out.info(download)
+    return source, val_source, val_fraction
 
 
 def _text(args: Args) -> DataConfig:

@@ -114,7 +114,7 @@ def _fetched(part: Part, ranged: RangedFile) -> tuple[bytes, Part]:
     delimiter = DELIMITERS[part.form]
     width = len(delimiter)
     begin = max(part.start - width, 0)
-    data = ranged.between(begin, part.end)
+    data = bytearray(ranged.between(begin, part.end))
     last = data.rfind(delimiter)
     if last >= 0 or part.start == 0:  # else no document begins here
         record = last + width if last >= 0 else 0
@@ -129,7 +129,7 @@ def _fetched(part: Part, ranged: RangedFile) -> tuple[bytes, Part]:
     moved = dataclasses.replace(
         part, label=label, start=part.start - begin, end=part.end - begin, offset=begin
     )
-    return data, moved
+    return bytes(data), moved
 
 
 def _has_chars(document: Document, n: int) -> bool:

@@ -204,9 +204,8 @@ class Files:
         number = min(number, len(self.entries))
         done, self._discarded = range(self._discarded, number), max(number, self._discarded)
         self._given -= set(done)
-        needed = {
-            self.path(n) for n in {*self._given, *self._coming}
-        }  # equal files of one name share a place
+        # Equal files of one name share a place.
+        needed = {self.path(n) for n in {*self._given, *self._coming}}
         for path in {self.path(n) for n in done} - needed:
             if path.is_relative_to(self.passing):
                 for suffix in ("", ".part", ".lock"):
@@ -249,7 +248,7 @@ class Files:
             client.fetch(self._remote(entry), self.path(number), progress)
         except OSError as e:  # of the disk; those of the network are told apart before
             raise DataError(
-                f"cannot write {e.filename or self.path(number)}: {e.strerror or e}.", hint=ELSEWHERE
+                f"cannot write {e.filename or self.path(number)}: {e.strerror or e}.", hint=self._elsewhere
             ) from None
 
     def _remote(self, entry: Entry) -> RemoteFile:
@@ -265,6 +264,10 @@ class Files:
             )
         return self.client
 
+    @property
+    def _elsewhere(self) -> str:
+        return ELSEWHERE if self.passing is None else "free some space, or --out on another disk"
+
     def _check_room(self) -> None:
         """Refuse before the first byte what cannot fit."""
         make_folder(self.landing)
@@ -273,7 +276,7 @@ class Files:
             raise DataError(
                 f"disk full: {self.spec} takes {needed / 1e9:,.1f} GB more in {self.landing}.",
                 got=f"{free / 1e9:,.1f} GB free",
-                hint=ELSEWHERE if self.passing is None else "free some space, or --out on another disk",
+                hint=self._elsewhere,
             )
 
 

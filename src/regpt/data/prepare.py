@@ -58,9 +58,7 @@ ProgressFunction = Callable[[int, int], None]
 
 MORE_SPACE = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 MOST_WORKERS = 1024
-DISCARDED_BYTES = (
-    64 << 20
-)  # of finished files that are worth a note in the journal, so that they can be removed
+DISCARDED_BYTES = 64 << 20  # of a file that is done: worth a note in the journal, so that it can be removed
 JOURNAL_S = 30.0  # work that a crash can cost, beside what it costs to make it durable
 WORTH_ESTIMATING_BYTES = 20_000_000
 SAMPLE_BYTES = 1_000_000

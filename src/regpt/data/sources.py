@@ -221,6 +221,8 @@ class Source:
         Args:
             packed: also files that have to be read from their beginning to reach a part.
         """
+        if not any(f.remote for f in self.files):
+            return self
         files = (
             dataclasses.replace(f, streamed=f.remote is not None and (packed or not f.packing))
             for f in self.files
@@ -236,6 +238,8 @@ class Source:
         """The same text, downloaded into `folder` only to pass: `discard_before` removes what is done with."""
         if self.rows_are_lines:  # no file of which is done with before all are
             return self.streamed()
+        if not self.downloads:
+            return self
         passing = {id(d): dataclasses.replace(d, passing=folder) for d in self.downloads}
         files = []
         for f in self.files:

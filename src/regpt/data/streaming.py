@@ -46,7 +46,7 @@ class Place:
     offset: int = 0
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class _FileStart:
     """Which part of an epoch is the first one of a file: whoever goes on need not look into the files before."""
 
@@ -146,7 +146,8 @@ class StreamingTokens(IterableDataset[Row]):
             return dict(self._begin_at)
         cursors = {str(v): [*asdict(c.place).values(), c.block, c.taken] for v, c in self._cursors.items()}
         first = min((c.place for c in self._cursors.values()), default=Place())
-        while len(self._files) > 1 and self._files[1] <= _FileStart(first.epoch, first.part):
+        reached = (first.epoch, first.part)
+        while len(self._files) > 1 and (self._files[1].epoch, self._files[1].part) <= reached:
             del self._files[0]  # nobody goes back before the one behind it
         file = list(asdict(self._files[0]).values())
         return {
