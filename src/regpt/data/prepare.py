@@ -118,8 +118,8 @@ def prepare(
 def passing(out: Path, source: Source, val_source: Source | None) -> tuple[Source, Source | None]:
     """The sources as `prepare` gets them where downloads are not to be kept.
 
-    What is not in the cache comes into the folder for unfinished work, two files at a time, and is removed when the
-    journal has what it holds.
+    What is not in the cache comes into the folder for unfinished work, two files of each at a time, and is removed when
+    the journal has what it holds.
     """
     folder = _work_folder(Path(os.path.abspath(out))) / DOWNLOADS
     return source.passing(folder / "train"), val_source.passing(folder / "val") if val_source else None
