@@ -57,6 +57,9 @@ class DataConfig:
     verify: bool = True
     """Before the first step, compare prepared shards with their checksums, and the ids of other token files with the
     vocabulary. False: sizes only."""
+    keep_downloads: bool = True
+    """Files of the hub stay in regpt's cache folder. False: preparation holds two of them at a time and removes each when it
+    is done with it; a tokenizer that is trained on the text reads it from the server."""
     workers: int | None = None
     """Processes that tokenise during preparation. None: one for each core."""
     order: Literal["permuted", "replacement"] = "permuted"

@@ -1,14 +1,19 @@
-"""Shards of chosen ids, without text or tokenizer."""
+"""Shards of chosen ids, without text or tokenizer; a hub of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import xxhash
 
+import regpt.data.hub
 from regpt.data.shards import MANIFEST, Manifest, ShardFile, Shards, SourceFacts, SplitFacts, TokenizerFacts
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 MakeShards = Callable[..., Shards]
 
@@ -53,3 +58,26 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
         return Shards.open(path)
 
     return make
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """What would have been waited, in seconds; no time passes."""
+    waited: list[float] = []
+    monkeypatch.setattr(regpt.data.hub, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, slept) -> Iterator[HubServer]:
+    """The server, as the hub that regpt asks; an empty cache; in an empty folder."""
+    pytest.importorskip("pyarrow")  # what makes its files
+    from hub_server import hub_server
+
+    for name in ("http_proxy", "HTTP_PROXY", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with hub_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server

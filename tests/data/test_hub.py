@@ -7,11 +7,10 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Fault, HubServer, hub_server, parquet
+from hub_server import Fault, HubServer, parquet
 
 import regpt.data.hub
 from regpt.cli import main
@@ -35,26 +34,6 @@ SHARDS = {
     for n in range(3)
 }
 FIRST = "data/train-00000-of-00003.parquet"
-
-
-@pytest.fixture
-def slept(monkeypatch) -> list[float]:
-    """What would have been waited, in seconds; no time passes."""
-    waited: list[float] = []
-    monkeypatch.setattr(regpt.data.hub, "sleep", waited.append)
-    return waited
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch, slept) -> Iterator[HubServer]:
-    """The server, as the hub that regpt asks; an empty cache; in an empty folder."""
-    for name in ("http_proxy", "HTTP_PROXY", "HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("REGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    with hub_server() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def texts(source: Source, work: Path) -> list[str]:

@@ -19,6 +19,7 @@ from regpt.cli.parse import CommonArgs, Output, duration, parse
 from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
 
 if TYPE_CHECKING:
+    from regpt.data.corpus import Text
     from regpt.data.shards import Manifest
     from regpt.data.sources import Source
 
@@ -72,6 +73,11 @@ class Args(CommonArgs):
     """i/n: only the i-th of n stretches of the source, for many machines; `regpt merge` joins them. None: all."""
     shard_tokens: int = SHARD_TOKENS
     """Ids in one file."""
+    keep_downloads: Annotated[
+        bool, tyro.conf.FlagConversionOff, tyro.conf.arg(aliases=["--data.keep-downloads"])
+    ] = DataConfig.keep_downloads
+    """Files of the hub stay in regpt's cache folder. False: two of them lie beside --out at a time, each is removed when it
+    is done with, and a tokenizer that is trained on the text reads it from the server."""
     workers: Annotated[int | None, tyro.conf.arg(aliases=["--data.workers"])] = DataConfig.workers
     """Processes that tokenise. None: one for each core."""
 
@@ -99,7 +105,6 @@ def main(argv: list[str]) -> int:
         workers_for,
     )
     from regpt.data.request import Request, Selection, Slice
-    from regpt.data.sources import open_sources
     from regpt.tokenizers.fast import backend
 
     out, begun = Output(args), time.monotonic()
@@ -110,9 +115,7 @@ def main(argv: list[str]) -> int:
         slice=Slice.parse(args.slice) if args.slice is not None else None,
     )
     selection.check()
-    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
-    if download := describe_download(source, val_source):
-        out.info(download)
+    source, val_source, val_fraction = _opened(args, out)
     tokenizer = tokenizer_for(
         args.tokenizer_config(),
         source,
@@ -177,6 +180,21 @@ def report(out: Output, folder: str, manifest: Manifest, seconds: float) -> None
     out.result(result, "\n".join(lines))
 
 
+def _opened(args: Args, out: Output) -> Text:
+    """The sources; says what is to be downloaded."""
+    from regpt.data.prepare import passing
+    from regpt.data.shards import MANIFEST
+    from regpt.data.sources import open_sources
+
+    source, val_source, val_fraction = open_sources(_text(args), note=out.info)
+    if not args.keep_downloads:
+        source, val_source = passing(Path(args.out), source, val_source)
+    is_done = not args.keep_downloads and (Path(args.out) / MANIFEST).exists()
+    if not is_done and (download := describe_download(source, val_source)):
+        out.info(download)
+    return source, val_source, val_fraction
+
+
 def _text(args: Args) -> DataConfig:
     return DataConfig(
         source=args.source,
@@ -193,10 +211,15 @@ def describe_download(*sources: Source | None) -> str:
     from regpt.data.prepare import megabytes
     from regpt.tokenizers.download import cache_folder
 
-    missing = sum(s.missing_bytes for s in sources if s)
+    downloads = [d for s in sources if s for d in s.downloads]
+    missing, at_once = (sum(getattr(d, n) for d in downloads) for n in ("missing_bytes", "room_bytes"))
     if not missing:
         return ""
-    folder = cache_folder()
+    folder = downloads[0].passing or cache_folder()
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = megabytes(shutil.disk_usage(there).free)
-    return f"{megabytes(missing)} to download into {folder} ({free} free there)"
+    if downloads[0].passing:  # less, where some of it is prepared already
+        said = f"up to {megabytes(missing)} to download, at most {megabytes(at_once)} of it at a time,"
+    else:
+        said = f"{megabytes(missing)} to download"
+    return f"{said} into {folder} ({free} free there)"

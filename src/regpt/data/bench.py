@@ -110,7 +110,7 @@ def _one_process(source: Source, tokenizer: Tokenizer) -> tuple[float, float]:
     read_s = alone_s = 0.0
     size = 0
     with tempfile.TemporaryDirectory(prefix="regpt-") as folder:
-        pieces = (piece for document in read(source.parts(Path(folder))) for piece in document())
+        pieces = (piece for document in read(source, source.parts(Path(folder))) for piece in document())
         while size < ALONE_BYTES:
             began = time.perf_counter()
             piece = next(pieces, None)

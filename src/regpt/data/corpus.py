@@ -17,7 +17,7 @@ from typing import Any
 from regpt.config import Config, TokenizerConfig
 from regpt.data.formats import recognise
 from regpt.data.in_place import in_place, known_in_place
-from regpt.data.prepare import prepare, training_texts, unusual_split
+from regpt.data.prepare import passing, prepare, training_texts, unusual_split
 from regpt.data.request import Selection
 from regpt.data.shards import FIRST_SHARD, MANIFEST, Shards
 from regpt.data.sources import Source, open_sources
@@ -68,6 +68,8 @@ def corpus(
     if (folder / MANIFEST).exists():
         return verified(_prepared(folder, config, text), listen)
     source, val_source, val_fraction = text
+    if not config.data.keep_downloads:
+        source, val_source = passing(folder, source, val_source)
     tokenizer = tokenizer_for(
         config.tokenizer,
         source,

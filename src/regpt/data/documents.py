@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from regpt.data.ranged import RangedFile
 from regpt.errors import DataError, missing_package
 from regpt.tokenizers import END_OF_TEXT
 
@@ -78,28 +79,57 @@ class Part:
             os.unlink(self.path)
 
 
-def documents(part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def documents(part: Part, skipped: Counter[str], ranged: RangedFile | None = None) -> Iterator[Document]:
     """The documents of a part, in order. Valid only until the next one is asked for.
 
     Args:
         skipped: what is left out is counted here by reason.
+        ranged: the file, where it is not at `part.path` but to be read from its server.
 
     Raises:
         DataError: a line that is not JSON, a missing field; naming file and line.
     """
     if part.min_chars and not part.fragment:
-        for document in documents(dataclasses.replace(part, min_chars=0), skipped):
+        for document in documents(dataclasses.replace(part, min_chars=0), skipped, ranged):
             if _has_chars(document, part.min_chars):
                 yield document
             else:
                 skipped[f"shorter than {part.min_chars} characters"] += 1
     elif part.form == "parquet":
-        yield from _parquet(part, skipped)
+        yield from _parquet(part, skipped, ranged or Path(part.path))
+    elif ranged:
+        if part.form == "text" and b"\0" in ranged.head(HEAD_BYTES):
+            skipped["binary"] += part.start == 0
+            return
+        yield from (_json_lines if part.form == "jsonl" else _texts)(*_fetched(part, ranged), skipped)
     elif not Path(part.path).stat().st_size:
         skipped["empty"] += part.offset == 0
     else:
         with open(part.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield from (_json_lines if part.form == "jsonl" else _texts)(data, part, skipped)
+
+
+def _fetched(part: Part, ranged: RangedFile) -> tuple[bytes, Part]:
+    """What of its file a part's documents need, and the part as one of that: up to where the last of them ends."""
+    delimiter = DELIMITERS[part.form]
+    width = len(delimiter)
+    begin = max(part.start - width, 0)
+    data = bytearray(ranged.between(begin, part.end))
+    last = data.rfind(delimiter)
+    if last >= 0 or part.start == 0:  # else no document begins here
+        record = last + width if last >= 0 else 0
+        searched = record
+        while record < part.end - begin and data.find(delimiter, searched) < 0:
+            more = ranged.between(begin + len(data), begin + len(data) + PIECE_BYTES)
+            if not more:
+                break
+            searched = max(len(data) - width + 1, record)
+            data += more
+    label = f"{part.label} (from byte {begin:,} on)" if begin else part.label
+    moved = dataclasses.replace(
+        part, label=label, start=part.start - begin, end=part.end - begin, offset=begin
+    )
+    return bytes(data), moved
 
 
 def _has_chars(document: Document, n: int) -> bool:
@@ -116,7 +146,7 @@ def _has_chars(document: Document, n: int) -> bool:
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def _texts(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> Iterator[Document]:
     if part.offset == 0 and b"\0" in data[:HEAD_BYTES]:  # the head of the file, not of a later piece of it
         skipped["binary"] += part.start == 0
         return
@@ -136,7 +166,7 @@ def _texts(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Docum
             skipped["empty"] += 1
 
 
-def _records(data: mmap.mmap, part: Part) -> Iterator[tuple[int, int]]:
+def _records(data: mmap.mmap | bytes, part: Part) -> Iterator[tuple[int, int]]:
     """[begin, stop) of what stands between delimiters and begins in the part."""
     delimiter = DELIMITERS[part.form]
     begin, width = 0, len(delimiter)
@@ -150,13 +180,13 @@ def _records(data: mmap.mmap, part: Part) -> Iterator[tuple[int, int]]:
         begin = stop + width
 
 
-def _decoded(data: mmap.mmap | memoryview, begin: int, stop: int) -> Iterator[str]:
+def _decoded(data: mmap.mmap | bytes | memoryview, begin: int, stop: int) -> Iterator[str]:
     if stop - begin <= PIECE_BYTES:
         return iter((bytes(data[begin:stop]).decode(),))
     return cut_safely(_decode_blocks(data, begin, stop))
 
 
-def _decode_blocks(data: mmap.mmap | memoryview, begin: int, stop: int) -> Iterator[str]:
+def _decode_blocks(data: mmap.mmap | bytes | memoryview, begin: int, stop: int) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     for at in range(begin, stop, PIECE_BYTES):
         yield decoder.decode(bytes(data[at : min(at + PIECE_BYTES, stop)]), at + PIECE_BYTES >= stop)
@@ -257,7 +287,7 @@ _UNITS = re.compile(
 )
 
 
-def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[Document]:
+def _json_lines(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> Iterator[Document]:
     # Lines end at b"\n" alone: U+0085 and U+2028, where str.splitlines cuts, may stand inside a JSON string.
     for begin, stop in _records(data, part):
         if stop - begin > LONG_LINE_BYTES and (span := _text_span(data, begin, stop, part.text_field)):
@@ -280,7 +310,7 @@ def _json_lines(data: mmap.mmap, part: Part, skipped: Counter[str]) -> Iterator[
             yield partial(_blocks, text)
 
 
-def _where(data: mmap.mmap, part: Part, begin: int) -> str:
+def _where(data: mmap.mmap | bytes, part: Part, begin: int) -> str:
     """file:line of a record; counted only when something is wrong with it."""
     line = 1 + part.line
     for at in range(0, begin, PIECE_BYTES):
@@ -313,7 +343,7 @@ def _blocks(text: str) -> Iterator[str]:
     return cut_safely(text[at : at + PIECE_BYTES] for at in range(0, len(text), PIECE_BYTES))
 
 
-def _text_span(data: mmap.mmap, begin: int, stop: int, name: str) -> tuple[int, int] | None:
+def _text_span(data: mmap.mmap | bytes, begin: int, stop: int, name: str) -> tuple[int, int] | None:
     """Where the string called `name` stands in the JSON object in [begin, stop); None where it is not found."""
     try:
         at = _skip(_BLANK, data, begin, stop)
@@ -341,14 +371,14 @@ def _text_span(data: mmap.mmap, begin: int, stop: int, name: str) -> tuple[int, 
     return None
 
 
-def _skip(pattern: re.Pattern[bytes], data: mmap.mmap, at: int, stop: int) -> int:
+def _skip(pattern: re.Pattern[bytes], data: mmap.mmap | bytes, at: int, stop: int) -> int:
     found = pattern.match(data, at, stop)
     if found is None:
         raise ValueError("not JSON")
     return found.end()
 
 
-def _skip_nested(data: mmap.mmap, at: int, stop: int) -> int:
+def _skip_nested(data: mmap.mmap | bytes, at: int, stop: int) -> int:
     depth = 0
     while True:
         at = _skip(_NESTING, data, at, stop)
@@ -357,7 +387,7 @@ def _skip_nested(data: mmap.mmap, at: int, stop: int) -> int:
             return at
 
 
-def _unescaped(data: mmap.mmap, begin: int, stop: int, where: Callable[[], str]) -> Iterator[str]:
+def _unescaped(data: mmap.mmap | bytes, begin: int, stop: int, where: Callable[[], str]) -> Iterator[str]:
     """The text of a JSON string from behind its opening quote up to its closing one."""
 
     def blocks() -> Iterator[str]:
@@ -385,37 +415,37 @@ def require_parquet() -> None:
 
 
 @contextlib.contextmanager
-def _parquet_file(path: Path) -> Iterator[Any]:
+def _parquet_file(stored: Path | RangedFile) -> Iterator[Any]:
     require_parquet()
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(stored, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
     except arrow.ArrowException as e:
-        raise DataError(f"{path} is damaged or not parquet: {e}") from None
+        raise DataError(f"{stored} is damaged or not parquet: {e}") from None
 
 
-def row_groups(path: Path, text_field: str) -> int:
+def row_groups(stored: Path | RangedFile, text_field: str) -> int:
     """Number of row groups of a parquet file that has the field, as text.
 
     Raises:
         DataError: it has no such field, or the field holds something else.
     """
-    with _parquet_file(path) as file:
+    with _parquet_file(stored) as file:
         schema = file.schema_arrow
         if text_field not in schema.names:
-            raise _missing_field(str(path), text_field, schema.names)
+            raise _missing_field(str(stored), text_field, schema.names)
         kind = str(schema.field(text_field).type)
         if kind not in ("string", "large_string", "binary", "large_binary"):
-            raise DataError(f"{path}: the field {text_field!r} is not text.", got=kind)
+            raise DataError(f"{stored}: the field {text_field!r} is not text.", got=kind)
         return int(file.num_row_groups)
 
 
-def text_rows(path: Path, text_field: str) -> Iterator[tuple[float, str | None]]:
+def text_rows(stored: Path | RangedFile, text_field: str) -> Iterator[tuple[float, str | None]]:
     """Every row of a parquet file, with the share of the file's rows that end there."""
-    with _parquet_file(path) as file:
+    with _parquet_file(stored) as file:
         done, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(1024, columns=[text_field], use_threads=False):
             for value in batch.column(0):
@@ -424,8 +454,8 @@ def text_rows(path: Path, text_field: str) -> Iterator[tuple[float, str | None]]
                 yield done / total, None if raw is None else raw.decode("utf-8", "replace")
 
 
-def _parquet(part: Part, skipped: Counter[str]) -> Iterator[Document]:
-    with _parquet_file(Path(part.path)) as file:
+def _parquet(part: Part, skipped: Counter[str], stored: Path | RangedFile) -> Iterator[Document]:
+    with _parquet_file(stored) as file:
         groups = range(part.start, part.end)
         for batch in file.iter_batches(64, row_groups=groups, columns=[part.text_field], use_threads=False):
             for value in batch.column(0):

@@ -13,6 +13,7 @@ import email.utils
 import hashlib
 import http.client
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +29,12 @@ from regpt.train.durable import lock_file, make_folder, sync_folder
 
 Note = Callable[[str], None]
 """Hears a sentence now and then: what is downloaded, why it waits."""
+
+
+def unheard(_: str) -> None:
+    """A `Note` to nobody; a function with a name, so that it travels to other processes."""
+
+
 SILENCE_S = 30.0  # that a server may stay silent
 ATTEMPTS = 6  # in a row that bring not one byte
 WRONG_ANSWERS = 3  # whole answers of the wrong size or content
@@ -89,7 +96,7 @@ class Client:
     refused: Callable[[str, int, Message], DataError]
     by_hand: str
     token: str | None = None
-    note: Note = lambda _: None
+    note: Note = unheard
     sleep: Callable[[float], None] = time.sleep
     attempts: int = ATTEMPTS
 
@@ -136,6 +143,37 @@ class Client:
                     break
             os.replace(part, keep)
             sync_folder(keep.parent)
+
+    def read(self, file: RemoteFile, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file, which must lie within it, and no others.
+
+        Raises:
+            Unreachable, DataError: as of `get`.
+        """
+        content = bytearray()
+        for tried in self._tries(file.url, lambda: len(content)):
+            with tried:
+                self._receive_range(file, start, stop, content)
+                return bytes(content)
+        raise AssertionError  # `_tries` ends by raising
+
+    def _receive_range(self, file: RemoteFile, start: int, stop: int, content: bytearray) -> None:
+        """What `content` lacks of [start, stop). Raises _Passing where not all of it came."""
+        at = start + len(content)
+        with self._reply(file.url, {"Range": f"bytes={at}-{stop - 1}"}) as reply:
+            ranged = reply.status == 206
+            if not ranged and at > DOCUMENT_BYTES:
+                raise _Passing("asked for a few of its bytes, the server sends all of them", wrong=True)
+            _check_announced(file, reply, at if ranged else 0, stop if ranged else file.size)
+            to_pass_over = 0 if ranged else at
+            while at < stop and (block := _read(reply, min(BLOCK_BYTES, to_pass_over or stop - at))):
+                if to_pass_over:
+                    to_pass_over -= len(block)
+                else:
+                    content += block
+                    at += len(block)
+        if at < stop:
+            raise _Passing(f"the connection ended after {len(content):,} of {stop - start:,} bytes")
 
     def _tries(
         self, url: str, received: Callable[[], int] = lambda: 0
@@ -196,7 +234,7 @@ class Client:
             return
         with self._reply(file.url, {"Range": f"bytes={have}-"} if have else {}) as reply:
             have = have if reply.status == 206 else 0  # 200: the server sends all of it, whatever was asked
-            _check_announced(file, have, reply)
+            _check_announced(file, reply, have, file.size)
             with open(part, "r+b" if part.exists() else "wb") as out:
                 out.truncate(have)
                 out.seek(have)
@@ -254,15 +292,17 @@ def _read(reply: http.client.HTTPResponse, size: int) -> bytes:
         raise _Passing(str(e) or type(e).__name__) from None
 
 
-def _check_announced(file: RemoteFile, have: int, reply: http.client.HTTPResponse) -> None:
-    """Refuse, before it is written behind what is here, an answer that cannot be the rest of the file."""
+def _check_announced(file: RemoteFile, reply: http.client.HTTPResponse, start: int, stop: int) -> None:
+    """Refuse, before it is put behind what is here, an answer that cannot be bytes [start, stop) of the file."""
     length, placed = reply.headers.get("Content-Length"), reply.headers.get("Content-Range")
-    if have and placed is not None and not placed.startswith(f"bytes {have}-"):
-        raise _Passing(f"asked for the bytes from {have} on, the server sends {placed!r}", wrong=True)
-    if length is not None and length.isdecimal() and int(length) != file.size - have:
+    is_placed = reply.status == 206 and placed is not None
+    if is_placed and not re.fullmatch(rf"bytes {start}-\d+/(\*|{file.size})", placed or ""):
+        asked = f"the bytes from {start} on of {file.size}"
+        raise _Passing(f"asked for {asked}, the server sends {placed!r}", wrong=True)
+    if length is not None and length.isdecimal() and int(length) != stop - start:
         kind = reply.headers.get("Content-Type", "content of no type")
         raise _Passing(
-            f"the server sends {int(length):,} bytes ({kind}) where {file.size - have:,} were announced",
+            f"the server sends {int(length):,} bytes ({kind}) where {stop - start:,} were announced",
             wrong=True,
         )
 

@@ -7,6 +7,9 @@ next one meanwhile, and are checked against the hashes that the hub lists. Every
     hub/<owner>--<name>/trees/<commit>.json       its files with sizes and hashes, and its README
     hub/<owner>--<name>/files/<hash>/<file>       a file, whole: the same in all commits that have it
 
+unless the files are only to pass (`Files.passing`: at most two of them lie in a folder of the caller's), or are read where
+they are (`Files.ranged`).
+
 Heard from the environment: HF_ENDPOINT (a mirror), HF_TOKEN (gated and private sets), HF_HUB_OFFLINE.
 """
 
@@ -18,6 +21,7 @@ import os
 import re
 import shutil
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
@@ -25,8 +29,9 @@ from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from regpt.data.download import ATTEMPTS, Client, Note, RemoteFile, Unreachable
+from regpt.data.download import ATTEMPTS, Client, Note, RemoteFile, Unreachable, unheard
 from regpt.data.layout import choose
+from regpt.data.ranged import RangedFile
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers.download import cache_folder
 from regpt.tokenizers.files import write_file
@@ -43,6 +48,7 @@ TREE_FORMAT = 1
 ELSEWHERE = "REGPT_CACHE=FOLDER on another disk"
 MOST_PAGES = 10_000  # of a thousand files each
 SAID_S = 10.0  # between two sentences about one download
+RANGED_FILES = 8  # whose footers are kept in memory
 
 
 class _NotThere(DataError):
@@ -103,31 +109,66 @@ class Files:
     client: Client | None
     """None: offline; what is not here cannot be had."""
     note: Note
-    _coming: dict[int, threading.Thread] = field(default_factory=dict)
-    _failed: dict[int, BaseException] = field(default_factory=dict)
+    passing: Path | None = None
+    """Where a file that is not in the cache comes to, until it is discarded. None: into the cache, to stay."""
+    _coming: dict[int, threading.Thread] = field(default_factory=dict, init=False)
+    _failed: dict[int, BaseException] = field(default_factory=dict, init=False)
+    _ranged: OrderedDict[int, RangedFile] = field(default_factory=OrderedDict, init=False)
+    _given: set[int] = field(default_factory=set, init=False)
+    """Files that somebody reads, if they are only to pass."""
+    _discarded: int = field(default=0, init=False)
+    """So many files from the first on are done with."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which download and read by themselves."""
+        of_this_process: dict[str, Any] = {
+            "_coming": {},
+            "_failed": {},
+            "_ranged": OrderedDict(),
+            "_given": set(),
+        }
+        return self.__dict__ | of_this_process
 
     def path(self, number: int) -> Path:
         """Where the file lies or will lie."""
         entry = self.entries[number]
-        return self.folder / entry.digest[:16] / entry.path.rpartition("/")[2]
+        within = Path(entry.digest[:16], entry.path.rpartition("/")[2])
+        if self.passing is None or _has_size(self.folder / within, entry.size):
+            return self.folder / within
+        return self.passing / within
+
+    @property
+    def landing(self) -> Path:
+        """The folder that files are downloaded into."""
+        return self.passing or self.folder
 
     def is_here(self, number: int) -> bool:
         """Whether it is here, whole."""
-        path = self.path(number)
-        return path.exists() and path.stat().st_size == self.entries[number].size
+        return _has_size(self.path(number), self.entries[number].size)
 
     @property
     def missing_bytes(self) -> int:
         """What is still to be downloaded, parts that are here counted as here."""
-        missing = 0
-        for n, entry in enumerate(self.entries):
-            if not self.is_here(n):
-                part = self.path(n).with_name(self.path(n).name + ".part")
-                missing += entry.size - min(part.stat().st_size if part.exists() else 0, entry.size)
-        return missing
+        return sum(map(self._missing, range(self._discarded, len(self.entries))))
+
+    @property
+    def room_bytes(self) -> int:
+        """What the disk must have free for that: of files that only pass, for the largest two that follow each other."""
+        if self.passing is None:
+            return self.missing_bytes
+        missing = [self._missing(n) for n in range(self._discarded, len(self.entries))]
+        return max(map(sum, zip(missing, [*missing[1:], 0], strict=True)), default=0)
+
+    def _missing(self, number: int) -> int:
+        if self.is_here(number):
+            return 0
+        part, size = _beside(self.path(number), ".part"), self.entries[number].size
+        return size - min(part.stat().st_size if part.exists() else 0, size)
 
     def local(self, number: int) -> Path:
         """The file on this machine, downloaded now if need be; the one after it begins to come.
+
+        Of files that only pass, it begins when no other one lies here.
 
         Raises:
             DataError: it cannot be had; the message says how to get it otherwise.
@@ -138,11 +179,46 @@ class Files:
                 raise error
         if not self.is_here(number):
             self._fetch(number, check_room=True)
-        following = number + 1
-        if following < len(self.entries) and not self.is_here(following) and following not in self._coming:
-            self._coming[following] = threading.Thread(target=self._ahead, args=(following,), daemon=True)
-            self._coming[following].start()
+        self._given.add(number)
+        if self.passing is None or len(self._given) == 1:
+            self._begin(number + 1)
         return self.path(number)
+
+    def ranged(self, number: int) -> RangedFile | None:
+        """The file to read from its server without a copy; None where it is on this machine."""
+        if self.is_here(number):
+            return None
+        file = self._ranged.pop(number, None)
+        if file is None:
+            client, entry = self._online(number), self.entries[number]
+            file = RangedFile(client, self._remote(entry), f"{entry.path} of {self.spec}")
+        self._ranged[number] = file  # the one that was used last stands last
+        if len(self._ranged) > RANGED_FILES:
+            self._ranged.popitem(last=False)
+        return file
+
+    def discard_before(self, number: int) -> None:
+        """Remove what came only to pass, up to this file; the one behind those that are read begins to come."""
+        if self.passing is None:
+            return
+        number = min(number, len(self.entries))
+        done, self._discarded = range(self._discarded, number), max(number, self._discarded)
+        self._given -= set(done)
+        # Equal files of one name share a place.
+        needed = {self.path(n) for n in {*self._given, *self._coming}}
+        for path in {self.path(n) for n in done} - needed:
+            if path.is_relative_to(self.passing):
+                for suffix in ("", ".part", ".lock"):
+                    _beside(path, suffix).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+        if len(self._given) == 1:
+            self._begin(max(self._given) + 1)
+
+    def _begin(self, number: int) -> None:
+        if number < len(self.entries) and not self.is_here(number) and number not in self._coming:
+            self._coming[number] = threading.Thread(target=self._ahead, args=(number,), daemon=True)
+            self._coming[number].start()
 
     def _ahead(self, number: int) -> None:
         try:
@@ -151,14 +227,7 @@ class Files:
             self._failed[number] = e
 
     def _fetch(self, number: int, *, check_room: bool = False) -> None:
-        entry = self.entries[number]
-        if self.client is None:
-            raise DataError(
-                f"{entry.path} of {self.spec} is not on this machine, and HF_HUB_OFFLINE is set.",
-                got=f"{sum(map(self.is_here, range(len(self.entries))))} of {len(self.entries)} files in {self.folder}",
-                hint="unset HF_HUB_OFFLINE once, or copy regpt's cache folder from a machine that has them",
-            )
-        remote = RemoteFile(self.url + quote(entry.path), entry.size, entry.digest)
+        entry, client = self.entries[number], self._online(number)
         began = said = monotonic()
         began_with: int | None = None
 
@@ -176,21 +245,38 @@ class Files:
         try:
             if check_room:
                 self._check_room()
-            self.client.fetch(remote, self.path(number), progress)
+            client.fetch(self._remote(entry), self.path(number), progress)
         except OSError as e:  # of the disk; those of the network are told apart before
             raise DataError(
-                f"cannot write {e.filename or self.path(number)}: {e.strerror or e}.", hint=ELSEWHERE
+                f"cannot write {e.filename or self.path(number)}: {e.strerror or e}.", hint=self._elsewhere
             ) from None
+
+    def _remote(self, entry: Entry) -> RemoteFile:
+        return RemoteFile(self.url + quote(entry.path), entry.size, entry.digest)
+
+    def _online(self, number: int) -> Client:
+        """Who asks for the file; raises DataError where nobody may."""
+        if self.client is None:
+            raise DataError(
+                f"{self.entries[number].path} of {self.spec} is not on this machine, and HF_HUB_OFFLINE is set.",
+                got=f"{sum(map(self.is_here, range(len(self.entries))))} of {len(self.entries)} files in {self.folder}",
+                hint="unset HF_HUB_OFFLINE once, or copy regpt's cache folder from a machine that has them",
+            )
+        return self.client
+
+    @property
+    def _elsewhere(self) -> str:
+        return ELSEWHERE if self.passing is None else "free some space, or --out on another disk"
 
     def _check_room(self) -> None:
         """Refuse before the first byte what cannot fit."""
-        make_folder(self.folder)
-        free, needed = shutil.disk_usage(self.folder).free, self.missing_bytes
+        make_folder(self.landing)
+        free, needed = shutil.disk_usage(self.landing).free, self.room_bytes
         if needed > free:
             raise DataError(
-                f"disk full: {self.spec} takes {needed / 1e9:,.1f} GB more in {self.folder}.",
+                f"disk full: {self.spec} takes {needed / 1e9:,.1f} GB more in {self.landing}.",
                 got=f"{free / 1e9:,.1f} GB free",
-                hint=ELSEWHERE,
+                hint=self._elsewhere,
             )
 
 
@@ -199,7 +285,7 @@ def find(
     split: str = "train",
     *,
     network: bool = True,
-    note: Note = lambda _: None,
+    note: Note = unheard,
 ) -> Files:
     """The files of a split of a data set; none is downloaded yet.
 
@@ -382,6 +468,14 @@ def _entry(listed: Any, url: str) -> tuple[str, int, str]:
         if plain and isinstance(size, int) and size >= 0 and HASH.fullmatch(digest.removeprefix("sha256:")):
             return path, size, digest.removeprefix("sha256:")
     raise DataError(f"{url} lists a file without path, size or hash.", got=repr(listed)[:200])
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _kept(path: Path) -> dict[str, Any]:

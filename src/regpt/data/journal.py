@@ -2,6 +2,7 @@
 
 shards/         the files of ids, behind which nothing is lost when they are cut to what the journal says
 seen.sqlite     the hashes of the documents so far
+downloads/      files that are here only to pass
 journal.json    how far all of that is; written last
 """
 
@@ -29,6 +30,7 @@ from regpt.train.durable import replace_file, sync_folder
 JOURNAL = "journal.json"
 SHARDS = "shards"
 SEEN = "seen.sqlite"
+DOWNLOADS = "downloads"
 
 
 def clear(work: Path) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 
 from regpt.config import SHARD_TOKENS
 from regpt.data.documents import Part
-from regpt.data.journal import JOURNAL, SHARDS, Progress
+from regpt.data.download import Unreachable
+from regpt.data.journal import DOWNLOADS, JOURNAL, SHARDS, Progress
 from regpt.data.request import (
     EVERYTHING,
     Request,
@@ -57,6 +58,7 @@ ProgressFunction = Callable[[int, int], None]
 
 MORE_SPACE = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 MOST_WORKERS = 1024
+DISCARDED_BYTES = 64 << 20  # of a file that is done: worth a note in the journal, so that it can be removed
 JOURNAL_S = 30.0  # work that a crash can cost, beside what it costs to make it durable
 WORTH_ESTIMATING_BYTES = 20_000_000
 UNTIMED_BYTES = 300_000  # a faster back end is loaded, and compared with tiktoken
@@ -114,6 +116,16 @@ def prepare(
         return _write(request, out, work, workers or workers_for(source), progress or (lambda *_: None))
 
 
+def passing(out: Path, source: Source, val_source: Source | None) -> tuple[Source, Source | None]:
+    """The sources as `prepare` gets them where downloads are not to be kept.
+
+    What is not in the cache comes into the folder for unfinished work, two files of each at a time, and is removed when
+    the journal has what it holds.
+    """
+    folder = _work_folder(Path(os.path.abspath(out))) / DOWNLOADS
+    return source.passing(folder / "train"), val_source.passing(folder / "val") if val_source else None
+
+
 def training_texts(source: Source, val_fraction: float, min_chars: int = 0) -> Iterator[str]:
     """The text that `prepare` puts into the training split, in pieces: what a tokenizer may learn from.
 
@@ -123,12 +135,13 @@ def training_texts(source: Source, val_fraction: float, min_chars: int = 0) -> I
         val_fraction: 0 where validation has a source of its own.
         min_chars: as in `Selection`.
     """
+    source = source.to_look_into
     check_single_text(source, val_fraction)
     with tempfile.TemporaryDirectory(prefix="regpt-") as folder:
         work = Path(folder)
         threshold = threshold_of(source, val_fraction, work, min_chars)
         parts = (part for name, part in split_parts(source, val_fraction, work) if name != "val")
-        for document in read(dataclasses.replace(part, min_chars=min_chars) for part in parts):
+        for document in read(source, (dataclasses.replace(part, min_chars=min_chars) for part in parts)):
             hashed = document_hash(document)
             if hashed is not None and hashed >= threshold:
                 yield from document()
@@ -192,7 +205,8 @@ def estimated_seconds(request: Request, workers: int) -> float | None:
         contextlib.suppress(DataError, UnicodeError),  # said where the text is read for good
         tempfile.TemporaryDirectory(prefix="regpt-") as folder,
     ):
-        for piece in itertools.chain.from_iterable(d() for d in read(request.source.parts(Path(folder)))):
+        documents = read(request.source, request.source.parts(Path(folder)))
+        for piece in itertools.chain.from_iterable(d() for d in documents):
             begun = time.perf_counter()
             request.tokenizer.encode_array(piece)
             if passed > UNTIMED_BYTES:
@@ -248,11 +262,12 @@ def _work_folder(out: Path) -> Path:
 
 
 def _write(request: Request, out: Path, work: Path, workers: int, progress: ProgressFunction) -> Manifest:
-    check_single_text(request.source, request.val_fraction)
-    if request.val_source:
-        check_single_text(request.val_source, None)
     done = Progress.resume(request, work) or Progress.begin(request, work)
     try:
+        check_single_text(request.source, request.val_fraction)
+        if request.val_source:
+            check_single_text(request.val_source, None)
+        request.discard_before(done.file)  # what a crash left between the journal and their removal
         scratch = work / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "val").mkdir(parents=True)
@@ -282,7 +297,7 @@ def _tokenize(
             yield part
 
     progress(done.bytes, total)
-    saved, saved_tokens = time.monotonic(), done.tokens
+    saved, saved_at = time.monotonic(), (done.tokens, done.file, done.bytes)
     with tokenizing(
         workers,
         request.tokenizer,
@@ -293,10 +308,17 @@ def _tokenize(
         for part, path, result in tokenized(ahead()):
             done.take(names.pop(0), part, path, result, threshold)
             progress(done.bytes, total)
+            tokens, file, size = saved_at
+            can_discard = request.source.passes and done.file > file and done.bytes - size >= DISCARDED_BYTES
             # No more than a shard is lost, however fast it was written.
-            if time.monotonic() - saved > JOURNAL_S or done.tokens - saved_tokens >= request.shard_tokens:
+            if (
+                time.monotonic() - saved > JOURNAL_S
+                or done.tokens - tokens >= request.shard_tokens
+                or can_discard
+            ):
                 done.save()
-                saved, saved_tokens = time.monotonic(), done.tokens
+                request.discard_before(done.file)
+                saved, saved_at = time.monotonic(), (done.tokens, done.file, done.bytes)
 
 
 def _finish(request: Request, done: Progress, out: Path) -> Manifest:
@@ -413,8 +435,9 @@ def partial_folder(out: Path) -> Iterator[Path]:
                 yield work
             except (
                 BaseException
-            ) as e:  # stopped, or short of memory: the same command goes on from the journal
-                keep = not isinstance(e, (DataError, OSError)) and (work / JOURNAL).exists()
+            ) as e:  # stopped, short of memory, without network: the same command goes on from the journal
+                lost = isinstance(e, (DataError, OSError)) and not isinstance(e, Unreachable)
+                keep = not lost and (work / JOURNAL).exists()
                 raise
             finally:
                 if not keep:

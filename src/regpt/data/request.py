@@ -136,6 +136,12 @@ class Request:
         text = self.source.source_bytes + (self.val_source.source_bytes if self.val_source else 0)
         return text // (self.selection.slice.of if self.selection.slice else 1)
 
+    def discard_before(self, file: int) -> None:
+        """Remove the files before this one, those of `source` counted first, where they are here only to pass."""
+        self.source.discard_before(file)
+        if self.val_source:
+            self.val_source.discard_before(max(file - len(self.source.files), 0))
+
     def parts(self, work: Path, first_file: int = 0) -> Iterator[tuple[str, Part]]:
         """Every part that is asked for, from `first_file` on, with its split: train, val, or hash where each document
         goes by its hash."""
@@ -167,10 +173,10 @@ def split_parts(
         at += part.stored_bytes
 
 
-def read(parts: Iterable[Part]) -> Iterator[Document]:
-    """Documents read here, in this process."""
+def read(source: Source, parts: Iterable[Part]) -> Iterator[Document]:
+    """Documents of parts of `source`, read here, in this process."""
     for part in parts:
-        yield from documents(part, Counter())
+        yield from documents(part, Counter(), source.ranged(part))
         part.delete_if_temporary()
 
 
@@ -179,9 +185,10 @@ def read(parts: Iterable[Part]) -> Iterator[Document]:
 
 def check_single_text(source: Source, val_fraction: float | None) -> None:
     """Refuse a text that is not text, or leaves nothing for one of its splits."""
-    scan = source.scan
-    if not source.single_text or scan is None:
+    if not source.single_text:
         return
+    scan = source.scan
+    assert scan is not None
     if scan.invalid_at is not None:
         raise DataError(
             f"{source.files[0].path} is not valid UTF-8 at byte {scan.invalid_at}.",
@@ -236,4 +243,6 @@ def _share(source: Source, hashed: int, work: Path, min_chars: int) -> float:
 
 def _documents(source: Source, work: Path, min_chars: int) -> Iterator[Document]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        yield from read(dataclasses.replace(p, min_chars=min_chars) for p in source.parts(Path(folder)))
+        source = source.to_look_into
+        parts = source.parts(Path(folder))
+        yield from read(source, (dataclasses.replace(p, min_chars=min_chars) for p in parts))

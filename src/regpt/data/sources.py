@@ -43,9 +43,10 @@ from regpt.data.documents import (
     row_groups,
     text_rows,
 )
-from regpt.data.download import Note
+from regpt.data.download import Note, unheard
 from regpt.data.hub import PREFIX, Files, Spec, find
 from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES, NamedSet
+from regpt.data.ranged import RangedFile
 from regpt.errors import ConfigError, DataError, did_you_mean, missing_package
 from regpt.paths import user_path
 from regpt.tokenizers.download import cache_folder, fetch
@@ -53,6 +54,7 @@ from regpt.tokenizers.download import cache_folder, fetch
 PART_BYTES = (
     4 << 20
 )  # a fifth of a second of tokenising: small enough to share out, much more than its overhead
+STREAM_BYTES = 8 << 20  # asked for at once of a file that is read from its server from the beginning on
 CONTENT_BYTES = (
     256 << 20
 )  # larger sources are known by sizes and times of change, smaller ones by their content
@@ -88,6 +90,8 @@ class SourceFile:
     size: int
     remote: tuple[Files, int] | None = field(default=None, compare=False, repr=False)
     """The download that it is a file of, and its number there."""
+    streamed: bool = field(default=False, compare=False)
+    """Read from its server as it is needed, unless it is on this machine: no copy is made."""
 
     @classmethod
     def of(cls, path: Path, label: str, remote: tuple[Files, int] | None = None) -> SourceFile:
@@ -105,6 +109,14 @@ class SourceFile:
     def local(self) -> Path:
         """Where it lies on this machine, downloaded now if it is not here."""
         return self.remote[0].local(self.remote[1]) if self.remote else self.path
+
+    def ranged(self) -> RangedFile | None:
+        """The file on its server, where it is to be read there."""
+        return self.remote[0].ranged(self.remote[1]) if self.remote and self.streamed else None
+
+    def stored(self) -> Path | RangedFile:
+        """Where it is read: on its server, or on this machine, downloaded now if it is not here."""
+        return self.ranged() or self.local()
 
     @property
     def known_hash(self) -> str | None:
@@ -131,7 +143,19 @@ class Source:
     @property
     def missing_bytes(self) -> int:
         """What is still to be downloaded."""
-        return sum({id(f.remote[0]): f.remote[0].missing_bytes for f in self.files if f.remote}.values())
+        return sum(d.missing_bytes for d in self.downloads)
+
+    @property
+    def downloads(self) -> list[Files]:
+        """What its files come by, those that are streamed aside."""
+        return list(
+            {id(f.remote[0]): f.remote[0] for f in self.files if f.remote and not f.streamed}.values()
+        )
+
+    @property
+    def passes(self) -> bool:
+        """Whether its files are here only to pass."""
+        return any(d.passing for d in self.downloads)
 
     @property
     def stored_bytes(self) -> int:
@@ -174,10 +198,66 @@ class Source:
         with unpacked(file) as (stream, _):
             return TextScan.of(iter(lambda: read_block(stream, file.path), b""))
 
-    @property
+    @cached_property
     def single_text(self) -> bool:
         """One text without `<|endoftext|>` between documents: split by position, as nanoGPT does."""
+        if self._separated_early:
+            return False
         return self.scan is not None and self.scan.is_text and not self.scan.separated
+
+    @property
+    def _separated_early(self) -> bool:
+        """Whether that stands near the beginning: then nobody need read, or download, the file to know."""
+        if len(self.files) != 1 or self.files[0].form != "text" or not self.files[0].remote:
+            return False
+        with unpacked(dataclasses.replace(self.files[0], streamed=True)) as (stream, _):
+            begin = b""
+            while len(begin) < PART_BYTES and (block := read_block(stream, self.files[0].path)):
+                begin += block
+        return DELIMITERS["text"] in begin
+
+    def streamed(self, *, packed: bool = True) -> Source:
+        """The same text, read from its server as it is needed, with no copy on this machine; the parts are the same.
+
+        Args:
+            packed: also files that have to be read from their beginning to reach a part.
+        """
+        if not any(f.remote for f in self.files):
+            return self
+        files = (
+            dataclasses.replace(f, streamed=f.remote is not None and (packed or not f.packing))
+            for f in self.files
+        )
+        return dataclasses.replace(self, files=tuple(files))
+
+    @property
+    def to_look_into(self) -> Source:
+        """The same text for whoever reads it before it is read for good: no file comes that is only to pass."""
+        return self.streamed() if self.passes else self
+
+    def passing(self, folder: Path) -> Source:
+        """The same text, downloaded into `folder` only to pass: `discard_before` removes what is done with."""
+        if self.rows_are_lines:  # no file of which is done with before all are
+            return self.streamed()
+        if not self.downloads:
+            return self
+        passing = {id(d): dataclasses.replace(d, passing=folder) for d in self.downloads}
+        files = []
+        for f in self.files:
+            remote = (passing[id(f.remote[0])], f.remote[1]) if f.remote else None
+            files.append(
+                dataclasses.replace(f, path=remote[0].path(remote[1]), remote=remote) if remote else f
+            )
+        return dataclasses.replace(self, files=tuple(files))
+
+    def discard_before(self, number: int) -> None:
+        """Remove the files before this one, if they are here only to pass."""
+        for download in self.downloads:
+            download.discard_before(number)
+
+    def ranged(self, part: Part) -> RangedFile | None:
+        """The file on its server that `documents` is to read the part from, if it is not on this machine."""
+        return None if part.temporary else self.files[part.file].ranged()
 
     def parts(self, work: Path, *, within: range | None = None, first_file: int = 0) -> Iterator[Part]:
         """The source in order, the same parts every time.
@@ -214,9 +294,9 @@ class Source:
                 yield (f,), self._parts_of(f, work / f"unpacked-{number}")
 
     def _parts_of(self, f: SourceFile, unpacked_prefix: Path) -> Iterator[Part]:
-        f.local()
+        stored = f.stored()
         if f.form == "parquet":
-            groups = row_groups(f.path, self.text_field)
+            groups = row_groups(stored, self.text_field)
             for g in range(groups):
                 yield self._part(f, g, g + 1, f.size * (g + 1) // groups - f.size * g // groups)
         elif f.packing:
@@ -227,7 +307,8 @@ class Source:
                 yield self._part(f, start, end, end - start)
 
     def _part(self, f: SourceFile, start: int, end: int, stored: int) -> Part:
-        return Part(str(f.path), str(f.path), f.form, start, end, stored, text_field=self.text_field)
+        label = f.label if f.streamed else str(f.path)
+        return Part(str(f.path), label, f.form, start, end, stored, text_field=self.text_field)
 
     def _unpacked_parts(self, f: SourceFile, prefix: Path) -> Iterator[Part]:
         """A packed file, unpacked into plain files of about PART_BYTES that end where a record ends."""
@@ -266,10 +347,10 @@ class Source:
         def rows() -> Iterator[str | None]:
             nonlocal done
             for f in self.files:
-                f.local()
-                row_groups(f.path, self.text_field)  # has it the field?
+                stored_at = f.stored()
+                row_groups(stored_at, self.text_field)  # has it the field?
                 begun = done
-                for share, row in text_rows(f.path, self.text_field):
+                for share, row in text_rows(stored_at, self.text_field):
                     done = begun + int(f.size * share)
                     yield row
                 done = begun + f.size
@@ -321,7 +402,7 @@ def open_source(
     text_field: str = "text",
     split: str = "train",
     network: bool = True,
-    note: Note = lambda _: None,
+    note: Note = unheard,
 ) -> Source:
     """The source called `spec`: a named set, a data set of the hub (`hf:…`), a file, a folder, or a glob.
 
@@ -374,7 +455,11 @@ def open_source(
 @contextlib.contextmanager
 def unpacked(f: SourceFile) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The file's bytes as a stream, and a function that tells how much of the file was read."""
-    with open(f.local(), "rb") as stored:
+    ranged = f.ranged()
+    opened: BinaryIO = (
+        cast(BinaryIO, io.BufferedReader(ranged.again(), STREAM_BYTES)) if ranged else open(f.local(), "rb")  # noqa: SIM115 (closed below)
+    )
+    with opened as stored:
         if f.packing == ".gz":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored))
         elif f.packing == ".xz":
@@ -442,7 +527,7 @@ def _under(folder: Path, without: set[str], skipped: Counter[str]) -> Iterator[P
 
 
 def open_sources(
-    d: DataConfig, *, network: bool = True, note: Note = lambda _: None
+    d: DataConfig, *, network: bool = True, note: Note = unheard
 ) -> tuple[Source, Source | None, float | None]:
     """The training text of `d`, its validation text if that is one of its own, and else the share to hold out.
 
@@ -485,11 +570,13 @@ def _named(spec: str) -> NamedSet | None:
 
 
 def missing_on(disk: Path, *sources: Source | None) -> int:
-    """Bytes that the sources still have to download onto the disk that the folder `disk` lies on."""
-    cache = cache_folder()
-    there = next(p for p in (cache, *cache.absolute().parents) if p.exists())
-    same = there.stat().st_dev == disk.stat().st_dev
-    return sum(s.missing_bytes for s in sources if s) if same else 0
+    """Bytes that downloads of the sources will take of the disk that the folder `disk` lies on."""
+    on_it = [d for s in sources if s for d in s.downloads if _disk(d.landing) == _disk(disk)]
+    return sum(d.room_bytes for d in on_it)
+
+
+def _disk(folder: Path) -> int:
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists()).stat().st_dev
 
 
 def is_remote(spec: str) -> bool:

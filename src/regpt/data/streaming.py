@@ -3,6 +3,7 @@
 The parts of a source are dealt out in turn to streams; each stream packs its documents, every one ended by
 `<|endoftext|>`, into rows without a gap. A rank's DataLoader workers share its streams, so no document is read twice or
 left out. Rows come from the streams in turn; where a stream stands is five numbers, and from there it goes on exactly.
+Of a data set of the hub each process reads from the server what its own streams need, and stores nothing.
 `regpt.data.windows` is the map-style counterpart.
 """
 
@@ -30,7 +31,7 @@ from regpt.data.workers import document_hash
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
 
-STATE = "regpt-stream-1"
+STATE = "regpt-stream-2"
 Row = dict[str, Tensor]
 
 
@@ -43,6 +44,15 @@ class Place:
     document: int = 0
     piece: int = 0
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class _FileStart:
+    """Which part of an epoch is the first one of a file: whoever goes on need not look into the files before."""
+
+    epoch: int = 0
+    part: int = 0
+    file: int = 0
 
 
 @dataclass
@@ -71,6 +81,8 @@ class StreamingTokens(IterableDataset[Row]):
         epochs: None: without end, as ranks need whose steps must be equally many.
         shuffle_rows: rows of a stream that are shuffled together; 0 or 1: none.
         seed: of the shuffling.
+        keep_downloads: of packed files of the hub, which are read from their beginning by every process: they are
+            downloaded into the cache, once for all processes, and stay. False: each process reads them from the server.
 
     Raises:
         ConfigError: numbers that do not go together.
@@ -88,29 +100,32 @@ class StreamingTokens(IterableDataset[Row]):
         epochs: int | None = 1,
         shuffle_rows: int = 0,
         seed: int = 0,
+        keep_downloads: bool = True,
     ) -> None:
         if block_size < 1 or not 0 <= rank < world or shuffle_rows < 0 or (epochs is not None and epochs < 1):
             raise ConfigError(
                 "a stream needs block_size and epochs of 1 or more, and a rank below world.",
                 got=f"block_size={block_size}, epochs={epochs}, rank={rank}, world={world}, shuffle_rows={shuffle_rows}",
             )
-        self.source, self.tokenizer, self.block_size = source, tokenizer, block_size
+        self.source = source.streamed(packed=not keep_downloads)
+        self.tokenizer, self.block_size = tokenizer, block_size
         self.rank, self.world, self.streams = rank, world, streams
         self.epochs, self.shuffle_rows, self.seed = epochs, max(shuffle_rows, 1), seed
         self._begin_at: Mapping[str, Any] | None = None
         self._cursors: dict[int, _Cursor] = {}
         self._turn = self._streams = 0
+        self._files = [_FileStart()]
 
     def __iter__(self) -> Iterator[Row]:
         own = self._own_streams()
         before, self._begin_at = self._begin_at, None
         self._cursors = {v: _Cursor(Place()) for v in own}
-        self._turn = 0
+        self._turn, self._files = 0, [_FileStart()]
         if before is not None:
             self._restore(before, own)
         with tempfile.TemporaryDirectory(prefix="regpt-") as work:
             starts = {v: cursor.place for v, cursor in self._cursors.items()}
-            dealer = _Dealer(self.source, Path(work), starts, self._streams, self.epochs)
+            dealer = _Dealer(self.source, Path(work), starts, self._streams, self.epochs, self._files)
             rows = {v: self._rows(v, dealer) for v in own}
             while rows:
                 stream = own[self._turn]
@@ -130,7 +145,18 @@ class StreamingTokens(IterableDataset[Row]):
         if self._begin_at is not None:  # loaded, and not begun yet
             return dict(self._begin_at)
         cursors = {str(v): [*asdict(c.place).values(), c.block, c.taken] for v, c in self._cursors.items()}
-        return {**self._identity(), "streams": self._streams, "turn": self._turn, "cursors": cursors}
+        first = min((c.place for c in self._cursors.values()), default=Place())
+        reached = (first.epoch, first.part)
+        while len(self._files) > 1 and (self._files[1].epoch, self._files[1].part) <= reached:
+            del self._files[0]  # nobody goes back before the one behind it
+        file = list(asdict(self._files[0]).values())
+        return {
+            **self._identity(),
+            "streams": self._streams,
+            "turn": self._turn,
+            "file": file,
+            "cursors": cursors,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration begin where `state_dict` was called.
@@ -141,10 +167,8 @@ class StreamingTokens(IterableDataset[Row]):
         try:
             ours = self._identity()
             other = [name for name in ours if state[name] != ours[name]]
-            well_formed = all(
-                len(numbers) == 7 and all(isinstance(n, int) for n in numbers)
-                for numbers in state["cursors"].values()
-            )
+            numbers = [*state["cursors"].values(), [*state["file"], *[0] * 4]]
+            well_formed = all(len(of) == 7 and all(isinstance(n, int) for n in of) for of in numbers)
             if not well_formed or not isinstance(state["turn"], int):
                 raise ValueError("cursors of seven numbers are missing")
         except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -193,6 +217,7 @@ class StreamingTokens(IterableDataset[Row]):
             *place, block, taken = state["cursors"][str(v)]
             self._cursors[v] = _Cursor(Place(*place), block, taken)
         self._turn = state["turn"] % len(own)
+        self._files = [_FileStart(*state["file"])]
 
     def _rows(self, stream: int, dealer: _Dealer) -> Iterator[Ids]:
         """The rows of one stream from its cursor on, block by block in a shuffled order; the cursor follows."""
@@ -240,12 +265,21 @@ class _Dealer:
 
     The source is listed once for all streams of the process. Part p of epoch e goes to stream (p + e) % streams, so that
     over the epochs every stream sees every part.
+
+    Args:
+        files: where files begin, as far as they are listed; the listing begins at the last one.
     """
 
     def __init__(
-        self, source: Source, work: Path, starts: Mapping[int, Place], streams: int, epochs: int | None
+        self,
+        source: Source,
+        work: Path,
+        starts: Mapping[int, Place],
+        streams: int,
+        epochs: int | None,
+        files: list[_FileStart],
     ) -> None:
-        self.source, self.work, self.starts, self.streams = source, work, starts, streams
+        self.source, self.work, self.starts, self.streams, self.files = source, work, starts, streams, files
         self.waiting: defaultdict[int, deque[tuple[Place, Part]]] = defaultdict(deque)
         first = min((place.epoch for place in starts.values()), default=0)
         self.listed = self._listed(count(first) if epochs is None else iter(range(first, epochs)))
@@ -258,7 +292,7 @@ class _Dealer:
             at, part = dealt
             if at.epoch > last_text + self.streams:
                 raise DataError(f"{self.source.spec}: there is no text in it.")
-            for number, document in enumerate(documents(part, Counter())):
+            for number, document in enumerate(documents(part, Counter(), self.source.ranged(part))):
                 place = Place(at.epoch, at.part, number)
                 first = start.piece if place == Place(start.epoch, start.part, start.document) else 0
                 if place < Place(start.epoch, start.part, start.document) or _is_skipped(document, part):
@@ -284,27 +318,32 @@ class _Dealer:
 
     def _listed(self, epochs: Iterator[int]) -> Iterator[tuple[Place, Part]]:
         lasting: list[Part] | None = None  # of a source that no epoch has to unpack again
+        begin = self.files[-1]
         for epoch in epochs:
             seen: list[Part] = []
             work = self.work / str(epoch)
             work.mkdir()
-            for number, part in enumerate(lasting or source_parts(self.source, work)):
+            begin = begin if begin.epoch == epoch else _FileStart(epoch)
+            for number, part in enumerate(lasting or source_parts(self.source, work, begin.file), begin.part):
+                if part.file != self.files[-1].file or epoch != self.files[-1].epoch:
+                    self.files.append(_FileStart(epoch, number, part.file))
                 seen.append(part)
                 yield Place(epoch, number), part
-            if not any(part.temporary for part in seen):
+            if begin.file == 0 and not any(part.temporary for part in seen):
                 lasting = seen
 
 
-def source_parts(source: Source, work: Path) -> Iterator[Part]:
-    """The parts of a source; a single long text in stretches that can be read apart.
+def source_parts(source: Source, work: Path, first_file: int = 0) -> Iterator[Part]:
+    """The parts of a source, from a file on; a single long text in stretches that can be read apart.
 
     Raises:
         DataError: such a text is not UTF-8.
     """
-    scan = source.scan
-    if scan is None or not source.single_text:
-        yield from source.parts(work)
+    if not source.single_text:
+        yield from source.parts(work, first_file=first_file)
         return
+    scan = source.scan
+    assert scan is not None
     if scan.invalid_at is not None:
         raise DataError(f"{source.files[0].path} is not valid UTF-8 at byte {scan.invalid_at}.")
     yield from (part for _, part in source.text_parts(work, scan.chars))
