@@ -639,7 +639,7 @@ def test_a_real_disk_that_fills(tmp_path, monkeypatch, tokenizer, n) -> None:
         pytest.skip("mounting is not allowed here")
     try:
         (tmp_path / "a.txt").write_bytes(b"word " * 2_000_000)
-        monkeypatch.setattr(module, "check_disk", lambda *_: None)
+        monkeypatch.setattr(module, "require_room", lambda *_: None)
         with pytest.raises(DataError, match="disk full while preparing"):
             prepare(open_source(str(tmp_path / "a.txt")), tokenizer, disk / "out", val_fraction=0, workers=n)
         assert os.listdir(disk) == []

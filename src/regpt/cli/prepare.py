@@ -99,12 +99,12 @@ def main(argv: list[str]) -> int:
     from regpt.data.prepare import (
         estimated_bytes,
         estimated_seconds,
-        megabytes,
         prepare,
         unusual_split,
         workers_for,
     )
     from regpt.data.request import Request, Selection, Slice
+    from regpt.data.unfinished import megabytes
     from regpt.tokenizers.fast import backend
 
     out, begun = Output(args), time.monotonic()
@@ -208,7 +208,7 @@ def _text(args: Args) -> DataConfig:
 
 def describe_download(*sources: Source | None) -> str:
     """What is still to be downloaded, where to, and what room there is; empty where it is nothing."""
-    from regpt.data.prepare import megabytes
+    from regpt.data.unfinished import megabytes
     from regpt.tokenizers.download import cache_folder
 
     downloads = [d for s in sources if s for d in s.downloads]

@@ -102,8 +102,8 @@ def train(argv: list[str]) -> int:
     """`regpt tokenizer train`."""
     args = parse(TrainArgs, argv, prog="regpt tokenizer train", description=f"Train: {ACTIONS['train']}.")
     from regpt.data.corpus import TrainingText
-    from regpt.data.prepare import megabytes
     from regpt.data.sources import open_source
+    from regpt.data.unfinished import megabytes
     from regpt.tokenizers.bpe import check_training, train_bpe
     from regpt.tokenizers.learn import learner
 

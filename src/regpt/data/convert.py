@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from regpt.config import SHARD_TOKENS
 from regpt.data.foreign import ForeignSet, byte_lengths_of, own_name
 from regpt.data.formats import FORMATS
 from regpt.data.formats.base import Eot, Writer
@@ -28,14 +27,14 @@ from regpt.data.shards import (
     dtype_for,
 )
 from regpt.data.split import Ids, TokenSet, TokenSplit
+from regpt.data.unfinished import SHARDS, clear, finish, require_room, unfinished
 from regpt.data.writer import SplitWriter
 from regpt.errors import DataError
 from regpt.tokenizers import Tokenizer
-from regpt.train.durable import lock_file, make_folder, sync_folder, write_synced
+from regpt.train.durable import write_synced
 
 BLOCK = 1 << 20  # ids converted together
 SAMPLED_DOCUMENTS = 1000
-SHARD_TOKENS = 100_000_000
 TARGETS = ("nanogpt", "llmc", "megatron", "datatrove", "regpt")
 Target = Literal["nanogpt", "llmc", "megatron", "datatrove", "regpt"]
 
@@ -80,7 +79,12 @@ def convert(
     wanted: Eot = eot or ("append" if target == "regpt" else FORMATS[target].eot)
     total, before = sum(s.n_tokens for s in splits.values()), 0
     tokens, documents = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
-    with _new_folder(out, total * dtype_for(source.tokenizer.vocab_size).itemsize) as folder:
+    needed = total * dtype_for(source.tokenizer.vocab_size).itemsize
+    require_room(out, needed, f"{total:,} ids")
+    with unfinished(out) as work:
+        clear(work)
+        folder = work / SHARDS
+        folder.mkdir()
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER)
         writers: dict[str, Writer] = {}
@@ -101,6 +105,7 @@ def convert(
         if target == "regpt":
             assert tokenizer is not None
             _write_manifest(folder, cast(dict[str, "_ShardWriter"], writers), source, known)
+        finish(folder, out)
     return Converted(tokens, documents, known, wanted)
 
 
@@ -269,43 +274,3 @@ def _write_manifest(folder: Path, writers: dict[str, _ShardWriter], source: Toke
         skipped={},
     )
     write_synced(folder / MANIFEST, [manifest.to_json().encode()])
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to write into, which is called `out` once everything in it was written; else nothing of it stays."""
-    work = out.parent / f".{out.name}.partial"
-    try:
-        make_folder(work)
-        with open(work / "lock", "ab") as lock:
-            if lock_file(lock) is False:
-                raise DataError(
-                    f"{out} is being written by another process.", hint="wait for it, or another --out"
-                )
-            folder = work / "files"
-            try:
-                _check_disk(out, work, needed)
-                shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-                folder.mkdir()
-                yield folder
-                sync_folder(folder)
-                if out.exists():
-                    out.rmdir()
-                os.rename(folder, out)
-                sync_folder(out.parent)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"disk full while writing {out}; what was written is removed.", hint="another --out"
-            ) from None
-        raise
-
-
-def _check_disk(out: Path, work: Path, needed: int) -> None:
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise DataError(
-            f"disk full: {out} needs {needed:,} bytes.", got=f"{free:,} free", hint="another --out"
-        )

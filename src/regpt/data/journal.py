@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,23 +22,13 @@ from regpt.data.documents import Part
 from regpt.data.duplicates import Seen
 from regpt.data.request import Request
 from regpt.data.shards import MANIFEST, SPLITS, TOKENIZER, dtype_for
+from regpt.data.unfinished import JOURNAL, SHARDS, clear
 from regpt.data.workers import FACTS, Tokenized, facts_path
 from regpt.data.writer import SplitWriter
 from regpt.train.durable import replace_file, sync_folder
 
-JOURNAL = "journal.json"
-SHARDS = "shards"
 SEEN = "seen.sqlite"
 DOWNLOADS = "downloads"
-
-
-def clear(work: Path) -> None:
-    """Away with everything in a folder for unfinished work but the lock on it."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
 
 
 def runs(values: NDArray[Any]) -> Iterator[slice]:

@@ -15,12 +15,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from regpt.data.duplicates import Seen
-from regpt.data.journal import SEEN, SHARDS, clear, runs
-from regpt.data.prepare import check_disk, finished, partial_folder, publish, require_text
+from regpt.data.journal import SEEN, runs
+from regpt.data.prepare import finished, publish, require_text
 from regpt.data.request import Slice
 from regpt.data.shards import TOKENIZER, Manifest, Shards
 from regpt.data.split import Ids
 from regpt.data.stored import StoredIds, document_lengths, shard_files
+from regpt.data.unfinished import SHARDS, clear, require_room, unfinished
 from regpt.data.writer import SplitWriter
 from regpt.errors import DataError
 from regpt.tokenizers import Tokenizer, load_tokenizer
@@ -50,8 +51,8 @@ def merge(folders: Sequence[Path], out: Path, *, progress: Progress = lambda *_:
         return done
     total = sum(f.bytes for s in slices for f in s.manifest.files)
     copies = 2 if "shuffle_seed" in request else 1
-    check_disk(out, total * copies, sum(f.source_bytes for s in slices for f in s.splits.values()))
-    with partial_folder(out) as work:
+    require_room(out, total * copies, f"{len(slices)} slices")
+    with unfinished(out) as work:
         clear(work)  # a merge that was stopped begins anew
         done_bytes = 0
         for s in slices:

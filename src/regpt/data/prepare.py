@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import os
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from regpt.config import SHARD_TOKENS
 from regpt.data.documents import Part
-from regpt.data.download import Unreachable
-from regpt.data.journal import DOWNLOADS, JOURNAL, SHARDS, Progress
+from regpt.data.journal import DOWNLOADS, Progress
 from regpt.data.request import (
     EVERYTHING,
     Request,
@@ -47,16 +45,24 @@ from regpt.data.shards import (
 from regpt.data.shuffle import shuffle
 from regpt.data.sources import PART_BYTES, Source, missing_on
 from regpt.data.stored import shard_files
+from regpt.data.unfinished import (
+    SHARDS,
+    clear_leftovers,
+    finish,
+    megabytes,
+    require_room,
+    unfinished,
+    work_folder,
+)
 from regpt.data.workers import document_hash, tokenizing
 from regpt.data.writer import SplitWriter
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
-from regpt.train.durable import lock_file, make_folder, sync_folder, write_synced
+from regpt.train.durable import write_synced
 
 ProgressFunction = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of the source's files; may raise to stop the work."""
 
-MORE_SPACE = "free some space, or prepare into a folder on another disk (--out; regpt train: --data.dir)"
 MOST_WORKERS = 1024
 DISCARDED_BYTES = 64 << 20  # of a file that is done: worth a note in the journal, so that it can be removed
 JOURNAL_S = 30.0  # work that a crash can cost, beside what it costs to make it durable
@@ -108,9 +114,11 @@ def prepare(
     )
     if done := finished(out, request.facts, tokenizer.kind):
         return done
-    sources = [s for s in (source, val_source) if s]
-    check_disk(out, estimated_bytes(request), request.source_bytes, sources)
-    with partial_folder(out) as work:
+    coming = missing_on(out, source, val_source)
+    download = f" and the download {megabytes(coming)} more" if coming else ""
+    text = f"{megabytes(request.source_bytes)} of text{download}"
+    require_room(out, estimated_bytes(request) + coming, text)
+    with unfinished(out, goes_on=True) as work:
         if done := finished(out, request.facts, tokenizer.kind):  # by another process, while we came here
             return done
         return _write(request, out, work, workers or workers_for(source), progress or (lambda *_: None))
@@ -122,7 +130,7 @@ def passing(out: Path, source: Source, val_source: Source | None) -> tuple[Sourc
     What is not in the cache comes into the folder for unfinished work, two files of each at a time, and is removed when
     the journal has what it holds.
     """
-    folder = _work_folder(Path(os.path.abspath(out))) / DOWNLOADS
+    folder = work_folder(Path(os.path.abspath(out))) / DOWNLOADS
     return source.passing(folder / "train"), val_source.passing(folder / "val") if val_source else None
 
 
@@ -165,6 +173,7 @@ def finished(out: Path, facts: Mapping[str, Any], kind: str) -> Manifest | None:
             raise DataError(f"{out} is not empty and not a folder of token shards.", hint="another --out")
         return None
     manifest = Shards.open(out).manifest
+    clear_leftovers(out)
     changed = sorted(k for k in {*facts, *manifest.request} if manifest.request.get(k) != facts.get(k))
     if changed:
         raise DataError(
@@ -218,11 +227,6 @@ def estimated_seconds(request: Request, workers: int) -> float | None:
     return took / size * request.source_bytes / workers if size else None
 
 
-def megabytes(n: float) -> str:
-    """Bytes for a person: 0.35 MB, 12 MB, 1,200 MB, 45 GB."""
-    return f"{n / 1e9:,.0f} GB" if n >= 1e10 else f"{n / 1e6:,.0f} MB" if n >= 1e7 else f"{n / 1e6:,.2f} MB"
-
-
 def unusual_split(manifest: Manifest, val_fraction: float) -> str | None:
     """A sentence where far more was held out than asked for, as happens with few documents."""
     if "val" not in manifest.splits or manifest.val_source is not None:
@@ -235,27 +239,6 @@ def unusual_split(manifest: Manifest, val_fraction: float) -> str | None:
         f"{share:.0%} of the text is held out for validation, where {val_fraction:.1%} was asked for: whole documents are "
         "held out, and here are few. Validation text of its own: val_source"
     )
-
-
-def check_disk(out: Path, needed: int, text_bytes: int, sources: Sequence[Source] = ()) -> None:
-    """Refuse, before any work, what cannot fit: `needed` bytes for so many of text, and what is to be downloaded."""
-    needed -= sum(p.stat().st_size for p in (_work_folder(out) / SHARDS).glob("*.*"))  # done before a crash
-    folder = next(p for p in (out, *out.parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
-    free = shutil.disk_usage(folder).free
-    coming = missing_on(folder, *sources)
-    if needed + coming > free:
-        download = f" and the download {megabytes(coming)} more" if coming else ""
-        raise DataError(
-            f"disk full: {out} needs about {megabytes(needed)} for {megabytes(text_bytes)} of text{download}.",
-            got=f"{megabytes(free)} free",
-            hint=MORE_SPACE,
-        )
-
-
-def _work_folder(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -368,15 +351,8 @@ def publish(work: Path, manifest: Manifest, writers: Mapping[str, SplitWriter], 
         files=tuple(f for of_split in files.values() for f in of_split),
         splits={name: writer.facts() for name, writer in writers.items()},
     )
-    for path in sorted([*(shards / TOKENIZER).iterdir(), *shards.glob("*.*")]):
-        _sync(path)
     write_synced(shards / MANIFEST, [manifest.to_json().encode()])
-    for folder in (shards / TOKENIZER, shards):
-        sync_folder(folder)
-    if out.exists():
-        out.rmdir()  # empty, or `finished` would have refused it
-    os.rename(shards, out)
-    sync_folder(out.parent)
+    finish(shards, out)
     return manifest
 
 
@@ -417,69 +393,3 @@ def require_text(
 
 def _facts(source: Source) -> SourceFacts:
     return SourceFacts(source.name, source.spec, source.fingerprint)
-
-
-@contextlib.contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` for work that is not finished, held against other processes.
-
-    What is in it stays if the work is stopped, and goes if it is done or cannot be done. Raises DataError for what
-    the disk says.
-    """
-    work = _work_folder(out)
-    made_parent = not out.parent.exists()
-    try:
-        with _locked(work / "lock", out):
-            keep = False
-            try:
-                yield work
-            except (
-                BaseException
-            ) as e:  # stopped, short of memory, without network: the same command goes on from the journal
-                lost = isinstance(e, (DataError, OSError)) and not isinstance(e, Unreachable)
-                keep = not lost and (work / JOURNAL).exists()
-                raise
-            finally:
-                if not keep:
-                    shutil.rmtree(work, ignore_errors=True)
-                    if made_parent and not out.exists():
-                        with contextlib.suppress(OSError):  # somebody else's are in it
-                            out.parent.rmdir()
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f"disk full while preparing {out}; what was written is removed."
-            raise DataError(what, hint=MORE_SPACE) from None
-        if e.errno == errno.EFBIG:
-            raise DataError(
-                f"{out}: this user may not write files so large.", hint="ulimit -f unlimited"
-            ) from None
-        raise DataError(f"{e.filename or out}: {e.strerror or e}.") from e
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
-    """Hold `path` against other processes; the system lets go of it when this one ends, however that comes."""
-    while True:
-        make_folder(path.parent)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open while the lock is held)
-        if lock_file(file) is False:  # where there are no locks we go on without
-            file.seek(0)
-            pid = file.read(20).decode(errors="replace") or "unknown"
-            file.close()
-            raise DataError(
-                f"{out} is being prepared by another process, pid {pid}.", hint="wait for it, or stop it"
-            )
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its folder was removed by the process that had it, which has finished
-    try:
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        yield
-    finally:
-        file.close()
