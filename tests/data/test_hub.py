@@ -18,7 +18,7 @@ from regpt.cli import main
 from regpt.config import Config, DataConfig, TokenizerConfig, load_preset
 from regpt.data import download, sources
 from regpt.data.articles import articles
-from regpt.data.corpus import corpus, known_corpus, text_identity
+from regpt.data.corpus import corpus, data_folder, known_corpus, text_identity
 from regpt.data.documents import documents
 from regpt.data.hub import Spec
 from regpt.data.layout import matching
@@ -736,6 +736,28 @@ def test_a_validation_source_of_its_own_is_found_again(tmp_path, monkeypatch) ->
     data = DataConfig(source="a.txt", val_source="b.txt", dir="shards", workers=1)
     config = Config(data=data, tokenizer=TokenizerConfig(name="bytes"))
     assert corpus(config)[1].manifest == corpus(config)[1].manifest
+
+
+@pytest.mark.parametrize(
+    "more, share, folder",
+    [
+        ({}, 0.005, "a-bytes-5802d399"),
+        ({"val_source": "b.txt"}, 0.005, "a-bytes-a6a210c6"),
+        ({"val_source": "b.txt", "val_fraction": 0.02}, 0.02, "a-bytes-ccd099cd"),
+    ],
+)
+def test_begun_runs_and_their_folders_are_known_as_they_always_were(
+    tmp_path, monkeypatch, more, share, folder
+) -> None:
+    """As earlier versions named them, where the share had a value even beside a validation source."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    config = Config(
+        data=DataConfig(source="a.txt", workers=1, **more), tokenizer=TokenizerConfig(name="bytes")
+    )
+    assert text_identity(config)["val_fraction"] == share
+    assert data_folder(config, open_sources(config.data)) == Path("data", folder)
 
 
 # --- lines that are articles ------------------------------------------------------------------------------------------
