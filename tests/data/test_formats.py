@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regpt.data import convert as module
+from regpt.data import foreign
 from regpt.data.convert import TARGETS, convert
 from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
 from regpt.data.formats import recognise, split_of
@@ -584,6 +585,30 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path) -> None:
     assert one.fingerprint == two.fingerprint != opened(tmp_path / "one", val_fraction=0.5).fingerprint
     edited(tmp_path / "two/fineweb_train_000000.bin", 1026, b"\5")
     assert opened(tmp_path / "two").fingerprint != one.fingerprint
+
+
+def test_large_files_are_known_by_samples_not_by_times(tmp_path, monkeypatch) -> None:
+    """A copy made later is the same text; another id at the beginning, in a sample between, or at the end is another."""
+    monkeypatch.setattr(foreign, "CONTENT_BYTES", 0)
+    documents = [[n % 256 for n in range(foreign.SAMPLE * 40)]]
+    (tmp_path / "one").mkdir()
+    published.write("llmc", tmp_path / "one", "train", documents, 257)
+    one = opened(tmp_path / "one").fingerprint
+    copied = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"), "fineweb_train_000000.bin")
+    os.utime(copied, (1, 1))
+    assert opened(tmp_path / "two").fingerprint == one
+    tokens = len(documents[0]) + 1
+    third_sample = (tokens - foreign.SAMPLE) * 2 // (foreign.SAMPLES - 1)
+    for place in (0, third_sample, third_sample + foreign.SAMPLE - 1, tokens - 1):
+        before = copied.read_bytes()
+        edited(copied, 1024 + 2 * place, b"\x07\0" if before[1024 + 2 * place] != 7 else b"\x08\0")
+        assert opened(tmp_path / "two").fingerprint != one
+        copied.write_bytes(before)
+    published.write("llmc", tmp_path / "two", "train", [documents[0][:-1]], 257)
+    assert opened(tmp_path / "two").fingerprint != one
+    assert opened(tmp_path / "one", val_fraction=0.5).fingerprint != one
+    published.write("llmc", tmp_path / "one", "val", [[1]], 257)
+    assert opened(tmp_path / "one").fingerprint != one  # also of a few ids
 
 
 def test_bytes_of_text_are_counted_by_the_tokenizer(tmp_path) -> None:
