@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from regpt.data.articles import articles
 from regpt.data.corpus import corpus, data_folder, known_corpus, text_identity
 from regpt.data.documents import documents
 from regpt.data.hub import Spec
-from regpt.data.layout import matching
+from regpt.data.layout import choose, matching
 from regpt.data.named import NAMED_SETS
 from regpt.data.prepare import prepare
 from regpt.data.shards import Shards
@@ -233,6 +234,73 @@ def test_files_by_name_folder_or_glob() -> None:
     assert matching(paths, "**/a.txt") == ["a.txt", "b/a.txt", "b/c/a.txt"] and matching(paths, "**") == paths
     assert matching(paths, "b/*") == ["b/a.txt"] and matching(paths, "b/?.txt") == ["b/a.txt"]
     assert matching(paths, "[!b].txt") == ["a.txt"] and matching(paths, "b/[") == []
+    assert matching(paths, "b/**") == ["b/a.txt", "b/c/a.txt", "b/c/d.jsonl"]
+
+
+def test_globs_are_those_of_fsspec() -> None:
+    """By which the `datasets` library finds files: every pattern of up to three of these names."""
+    utils = pytest.importorskip("fsspec.utils")
+    paths = ["/".join(p) for k in (1, 2, 3) for p in itertools.product(("a", "b", "ab", "ba"), repeat=k)]
+    pieces = ("a", "ab", "*", "**", "?", "a*", "*b", "[ab]", "[!a]")
+    for pattern in ("/".join(p) for k in (1, 2, 3) for p in itertools.product(pieces, repeat=k)):
+        theirs = re.compile(utils.glob_translate(pattern))
+        assert matching(paths, pattern) == sorted(p for p in paths if theirs.match(p)), pattern
+
+
+def aliases(levels: int, through: str) -> str:
+    """YAML that is ten times as large with each level."""
+    lines = [f"  - &a{n + 1} {through.format(', '.join([f'*a{n}'] * 10))}" for n in range(levels)]
+    return "\n".join(["a:", f"  - &a0 {through.format('')}", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "front, said",
+    [
+        ("configs:\n- data_files:\n  - path: a.parquet\n", "there is no 'split'"),
+        ("configs:\n- data_files:\n  - split: train\n", "there is no 'path'"),
+        ("configs:\n- data_files:\n  - a.parquet\n  - {split: train}\n", "a dict stands where a name"),
+        ("configs:\n- config_name: [a]\n", "a list stands where a name"),
+        ("configs:\n- data_dir: {a: b}\n", "a dict stands where a name"),
+        ("configs: 3\n", "'str' object has no attribute"),
+        ("configs:\n- 3\n", "'str' object has no attribute"),
+        ("configs:\n- &a [*a]\n", "recursive"),
+        (f"{aliases(99, '[{}]')}configs:\n- data_files: *a99\n", "a list stands where a name"),
+        (f"{aliases(99, '{{? b : [{}]}}')}configs:\n- config_name: *a99\n", "a dict stands where a name"),
+        (f"{aliases(99, '{{<<: [{}]}}')}configs:\n- *a99\n", "a configuration is merged from others by <<"),
+        (f"configs:\n- {'[' * 20_000}\n", "recursion"),
+        (f"configs:\n- data_files: {'*' * 2000}\n", "expected alphabetic or numeric character"),
+        (f"configs:\n- data_files: '{'*' * 2000}'\n", "a name or pattern of 2,000 characters, more than 1,000"),
+        (f"configs:\n- data_files: [{'x, ' * 20_000}]\n", "data_files has 20,000 patterns, more than 10,000"),
+        (f"configs:\n#{'x' * (2 << 20)}\n", "it has 2,097,162 characters, more than 2,097,152"),
+    ],
+)  # fmt: skip
+def test_a_readme_that_cannot_be_read_is_said(front, said) -> None:
+    """Also one of a few kilobytes that would take memory and time without end."""
+    with pytest.raises(DataError, match=f"o/n: the front matter of README.md cannot be read: .*{said}") as e:
+        choose(["a.parquet"], f"---\n{front}---\n", "o/n", None, "train")
+    assert len(str(e.value)) < 500
+
+
+def test_a_readme_costs_no_more_than_reading_it() -> None:
+    """Patterns and texts on which a matcher that tries all ways would not come back."""
+    deep, far = "a/" * 300 + "x.parquet", "a" * 200 + ".parquet"
+    front = f"configs:\n- data_files: ['{'**/' * 200}y', '{'*a' * 90}b', '{far[:9]}*']\n"
+    assert choose([deep, far], f"---\n{front}---\n", "o/n", None, "train") == (far,)
+    for readme in (
+        "---" + "\n" * 300_000,
+        "---\n" + ("\n---" + " " * 999 + "x") * 999,
+        "---\r\n\r\n--- \r\n",
+    ):
+        assert choose([far], readme, "o/n", None, "train") == (far,)
+
+
+def test_what_yaml_takes_for_numbers_and_truth_are_names_here() -> None:
+    front = "configs:\n- {config_name: 2020, data_files: a.txt}\n- {config_name: no, data_files: b.txt, default: true}\n"
+    readme = f"---\n{front}- {{config_name: en, data_dir: , data_files: null}}\n---\n"
+    files = [
+        choose(["a.txt", "b.txt"], readme, "o/n", config, "train") for config in ("2020", "no", "en", None)
+    ]
+    assert files == [("a.txt",), ("b.txt",), ("a.txt", "b.txt"), ("b.txt",)]
 
 
 def test_a_config_may_be_a_file_a_folder_or_a_glob(hub) -> None:
