@@ -381,6 +381,12 @@ def test_a_listing_with_paths_that_lead_elsewhere_is_refused(hub) -> None:
         hub.commit("o/evil", {name: small("x")})
         with pytest.raises(DataError, match="lists a file without path, size or hash"):
             open_source("hf:o/evil")
+    for name in ("a\\..\\..\\x.parquet", "C:x.parquet", "x.parquet:stream.parquet"):
+        hub.commit("o/evil", {name: small("x"), "fine.jsonl.gz": b""})
+        with pytest.raises(DataError, match=f"leads elsewhere on some systems.\n  got: {re.escape(name)}"):
+            open_source("hf:o/evil")
+    hub.commit("o/fine", files("12:30/a.parquet") | {"b:c.png": b"asked for by nobody"})
+    assert labels("hf:o/fine") == ["12:30/a.parquet"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -235,6 +235,13 @@ def find(
 def _choose(tree: Tree, spec: Spec, split: str) -> tuple[Entry, ...] | None:
     by_path = {e.path: e for e in tree.files if e.size}
     chosen = choose(list(by_path), tree.readme, spec.repo, spec.config, split)
+    for path in chosen or ():
+        if set("\\:") & set(path.rpartition("/")[2]):  # a folder or a drive where Windows keeps the cache
+            raise DataError(
+                f"{spec.repo} has a file whose name leads elsewhere on some systems.",
+                got=path,
+                hint="download it under another name, then name its folder: regpt prepare FOLDER …",
+            )
     return None if chosen is None else tuple(by_path[p] for p in chosen)
 
 
