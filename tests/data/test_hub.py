@@ -315,13 +315,21 @@ def test_a_config_may_be_a_file_a_folder_or_a_glob(hub) -> None:
 
 def test_scripts_are_not_run_the_hubs_conversion_is_read(hub) -> None:
     """refs/convert/parquet, where the main branch has a script or only other formats; a conversion of a part is refused."""
-    hub.commit("o/old", files("old.py", "raw/train.jsonl", "README.md"))
+    main = hub.commit("o/old", files("old.py", "raw/train.jsonl", "README.md"))
+    before = hub.commit("o/old", files("old.py", "raw/train.jsonl"), branch="v1")
     converted = files(
         "plain_text/train/0000.parquet", "plain_text/train/0001.parquet", "plain_text/test/0000.parquet"
     )
     hub.commit("o/old", converted, branch="refs/convert/parquet")
     assert labels("hf:o/old") == ["plain_text/train/0000.parquet", "plain_text/train/0001.parquet"]
     assert labels("hf:o/old:plain_text", "test") == ["plain_text/test/0000.parquet"]
+    assert labels(f"hf:o/old@{main}") == labels("hf:o/old@refs/convert/parquet") == labels("hf:o/old")
+    for revision in ("v1", before):
+        with pytest.raises(
+            DataError,
+            match=rf"no files at {revision} that are read without a script.* is of main as it is now.\n  try: hf:o/old takes",
+        ):
+            open_source(f"hf:o/old@{revision}")
     hub.commit("o/csv", {"a.csv": b"text\nx\n"})
     with pytest.raises(
         DataError, match=r"o/csv holds nothing that regpt reads.\n  expected: parquet, JSONL or text"

@@ -215,6 +215,12 @@ def find(
     tree = hub.tree(hub.commit(spec.revision))
     chosen = _choose(tree, spec, split)
     if chosen is None:
+        if spec.revision != MAIN and tree.commit != hub.commit(MAIN):
+            raise DataError(
+                f"{spec.repo} has no files at {spec.revision} that are read without a script, and the hub's own conversion "
+                f"to parquet is of {MAIN} as it is now.",
+                hint=f"{PREFIX}{spec.repo} takes that conversion; or convert {spec.revision}, then name the folder",
+            )
         note(
             f"{spec.repo} has no files that are read without a script: taking the hub's own conversion to parquet"
         )
