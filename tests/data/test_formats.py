@@ -318,6 +318,55 @@ def test_what_is_not_token_files(tmp_path) -> None:
         opened(tmp_path / "*.ds").split("val")
 
 
+@pytest.mark.parametrize(
+    "ids, text",
+    [
+        ("y_train.npy", "a.txt"),
+        ("y_train.npy", "neg/0_2.txt"),
+        ("y_train.npy", "input.txt"),
+        ("train.bin", "a.jsonl.zst"),
+        ("val.bin", "B.PARQUET"),
+        ("train.bin", "notes/input.md"),
+    ],
+)
+def test_text_beside_what_may_be_ids(tmp_path, ids, text) -> None:
+    """Labels are not trained on as tokens, nor text left aside: which of them is meant must be said."""
+    for name in (
+        "README.md",
+        "LICENSE.txt",
+        ".hidden.txt",
+        "prepare.py",
+        "meta.json",
+        "tokenizer/merges.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("about the tokens")
+    with open(tmp_path / ids, "wb") as file:
+        np.save(file, np.ones(9, "<i8")) if ids.endswith(".npy") else np.ones(9, "<u2").tofile(file)
+    alone = recognise(str(tmp_path))
+    assert alone is not None and [f.name for f in alone.files] == [ids]
+    (tmp_path / text).parent.mkdir(exist_ok=True)
+    (tmp_path / text).write_text("some text")
+    said = rf"may be a folder of text or one of tokens.\n  got: {text}, and {ids}, which(.|\n)*'{tmp_path}/\*\.\w+'"
+    with pytest.raises(DataError, match=said):
+        recognise(str(tmp_path))
+    for named in (tmp_path / ids, tmp_path / f"*{Path(ids).suffix}"):
+        found = recognise(str(named))
+        assert found is not None and found.files == (tmp_path / ids,)
+    if "/" not in text:
+        assert recognise(str(tmp_path / f"*{Path(text).suffix}")) is None
+
+
+def test_text_beside_what_shows_that_it_is_ids(tmp_path) -> None:
+    """A magic number or an index is enough; nanoGPT's input.txt belongs to its tokens."""
+    for format in ("llmc", "megatron", "datatrove", "nanogpt"):
+        (tmp_path / format).mkdir()
+        published.write(format, tmp_path / format, "train", [[1]], 257)
+        (tmp_path / format / ("input.txt" if format == "nanogpt" else "a.txt")).write_text("some text")
+        found = recognise(str(tmp_path / format))
+        assert found is not None and found.format.name == format
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
