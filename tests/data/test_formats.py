@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import published
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from regpt.data import convert as module
 from regpt.data import foreign
-from regpt.data.convert import TARGETS, convert
+from regpt.data.convert import Target, convert
 from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
 from regpt.data.formats import recognise, split_of
 from regpt.data.formats.base import Eot
@@ -90,7 +91,7 @@ def round_trip(tmp: Path, source: str, target: str, files: int, block: int, made
 
 @settings(LAX, max_examples=200)
 @given(
-    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    source=st.sampled_from(SOURCES), target=st.sampled_from(get_args(Target)), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
 )  # fmt: skip
 def test_any_format_into_any(tmp_path, unsynced, source, target, files, block, made) -> None:
@@ -101,7 +102,7 @@ def test_any_format_into_any(tmp_path, unsynced, source, target, files, block, m
 @pytest.mark.slow
 @settings(LAX, max_examples=5000)
 @given(
-    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    source=st.sampled_from(SOURCES), target=st.sampled_from(get_args(Target)), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
 )  # fmt: skip
 def test_any_format_into_any_5000_times(tmp_path, unsynced, source, target, files, block, made) -> None:

@@ -26,7 +26,7 @@ from regpt.data.layout import choose, matching
 from regpt.data.named import NAMED_SETS
 from regpt.data.prepare import prepare
 from regpt.data.shards import Shards
-from regpt.data.sources import Source, is_remote, open_source, open_sources
+from regpt.data.sources import Source, open_source, open_sources
 from regpt.errors import ConfigError, DataError, DeviceError
 from regpt.tokenizers import load_tokenizer, open_tokenizer
 
@@ -791,7 +791,7 @@ def test_a_run_prepares_a_named_set_and_finds_it_again(hub, tmp_path, monkeypatc
     hub.commit("HuggingFaceFW/fineweb-edu", sample)
     data = dataclasses.replace(load_preset("gpt2-124m-fineweb-edu").config.data, workers=1, val_fraction=0.1)
     config = Config(data=data, tokenizer=TokenizerConfig(name="bytes"))
-    assert data.source == "fineweb-edu-10bt" and is_remote(data.source)
+    assert data.source == "fineweb-edu-10bt"
     assert known_corpus(config)[2] is None
     assert not hub.served and not (tmp_path / "cache").exists()
     said: list[str] = []
@@ -800,7 +800,6 @@ def test_a_run_prepares_a_named_set_and_finds_it_again(hub, tmp_path, monkeypatc
         "preparing fineweb" in s for s in said
     )
     asked = len(hub.served)
-    assert not is_remote(data.source)
     before = sorted(p for p in tmp_path.rglob("*"))
     found = known_corpus(config)[2]
     assert found is not None and found.path == shards.path

@@ -36,7 +36,6 @@ from regpt.train.durable import lock_file, make_folder, sync_folder, write_synce
 BLOCK = 1 << 20  # ids converted together
 SAMPLED_DOCUMENTS = 1000
 SHARD_TOKENS = 100_000_000
-TARGETS = ("nanogpt", "llmc", "megatron", "datatrove", "regpt")
 Target = Literal["nanogpt", "llmc", "megatron", "datatrove", "regpt"]
 
 

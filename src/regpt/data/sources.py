@@ -490,15 +490,6 @@ def missing_on(disk: Path, *sources: Source | None) -> int:
     return sum(s.missing_bytes for s in sources if s) if same else 0
 
 
-def is_remote(spec: str) -> bool:
-    """Whether `open_source` would have to ask a server."""
-    try:
-        open_source(spec, network=False)
-    except DataError:
-        return spec in NAMED_SETS or spec.startswith(PREFIX)
-    return False
-
-
 def _from_hub(asked: str, spec: str, text_field: str, split: str, network: bool, note: Note) -> Source:
     """A split of a data set of the hub; its files are downloaded when they are reached."""
     found = find(spec, split, network=network, note=note)
