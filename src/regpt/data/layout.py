@@ -116,11 +116,13 @@ def _declared(readme: str | None, data: Sequence[str], repo: str) -> dict[str, F
             raise ValueError(f"it has {len(front[1]):,} characters, more than {MOST_FRONT_MATTER:,}")
         # Texts, lists and mappings, nothing else: no merge (`<<`) that multiplies what the file holds.
         listed = yaml.load(front[1], Loader=yaml.BaseLoader)["configs"]
+        if not isinstance(listed, list) or not all(isinstance(c, Mapping) for c in listed):
+            raise ValueError("configs is not a list of configurations")
         configs = [{k: v for k, v in c.items() if v not in NOTHING} for c in listed]
         names = [_text(c.get("config_name", DEFAULT)) for c in configs]
         found = {name: _finder(c, data) for name, c in zip(names, configs, strict=True)}
         default = [n for n, c in zip(names, configs, strict=True) if c.get("default") in TRUE]
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as e:
         said = f"there is no {e}" if isinstance(e, KeyError) else str(e)
         raise DataError(
             f"{repo}: the front matter of README.md cannot be read: {' '.join(said.split())[:300]}",
