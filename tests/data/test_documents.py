@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from regpt.data import documents as module
 from regpt.data import sources
 from regpt.data.documents import Part, cut_safely, documents
-from regpt.data.sources import open_source
+from regpt.data.sources import SourceFile, open_source
 from regpt.errors import DataError, DeviceError
 from regpt.tokenizers import load_tokenizer, open_tokenizer
 
@@ -284,6 +285,25 @@ def test_damaged_packing_is_said(tmp_path, packing) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=r"a.txt\.\w+ is damaged or not what its name says"):
             read(path, tmp_path)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_what_was_packed_well_takes_no_memory(tmp_path, packing) -> None:
+    """A few kilobytes that become 128 MB come in blocks; to the last byte, over several frames."""
+    path, line = tmp_path / f"a.jsonl{packing}", b'{"text": "again and again"}\n'
+    whole = line * ((128 << 20) // len(line))
+    path.write_bytes(lzma.compress(whole, preset=0) if packing == ".xz" else packed(whole, packing))
+    read = 0
+    tracemalloc.start()
+    try:
+        with sources.unpacked(SourceFile.of(path, path.name)) as (stream, _):
+            while block := sources.read_block(stream, path):
+                assert block == whole[read : read + len(block)]
+                read += len(block)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert read == len(whole)
 
 
 def test_missing_optional_packages_are_named(tmp_path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import published
 import pytest
 
 from regpt.cli import main
-from regpt.config import Config, DataConfig
+from regpt.config import Config, DataConfig, TokenizerConfig
 from regpt.data.corpus import corpus, known_corpus, text_identity
 from regpt.errors import CheckpointError, ConfigError, DataError
 from regpt.tokenizers.bytes import ByteTokenizer
@@ -89,6 +89,16 @@ def test_resume_is_exact_and_other_data_is_refused(tiny_run, one_thread) -> None
     ids.tofile("train.bin")
     with pytest.raises(CheckpointError, match="the text changed since the run in parted was begun: tokens"):
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14)), "parted")
+
+
+def test_where_gpt2s_files_lie_is_no_part_of_the_text(tiny_run, test_data) -> None:
+    """A run goes on with `--tokenizer.files`, on a machine without a network."""
+    np.arange(1000, dtype="<u2").tofile("train.bin")
+    config = on(dataclasses.replace(tiny_run, tokenizer=TokenizerConfig()), "train.bin")
+    files = TokenizerConfig(files=str(test_data / "tokenizer"))
+    offline = dataclasses.replace(config, tokenizer=files)
+    assert text_identity(offline) == text_identity(config)
+    assert known_corpus(offline)[0] == corpus(offline)[0].vocab_size
 
 
 def test_wrong_ids_are_refused_before_step_1(tiny_run) -> None:

@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import published
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regpt.data import convert as module
-from regpt.data.convert import TARGETS, convert
+from regpt.data import foreign
+from regpt.data.convert import Target, convert
 from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
 from regpt.data.formats import recognise, split_of
 from regpt.data.formats.base import Eot
@@ -89,7 +91,7 @@ def round_trip(tmp: Path, source: str, target: str, files: int, block: int, made
 
 @settings(LAX, max_examples=200)
 @given(
-    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    source=st.sampled_from(SOURCES), target=st.sampled_from(get_args(Target)), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
 )  # fmt: skip
 def test_any_format_into_any(tmp_path, unsynced, source, target, files, block, made) -> None:
@@ -100,7 +102,7 @@ def test_any_format_into_any(tmp_path, unsynced, source, target, files, block, m
 @pytest.mark.slow
 @settings(LAX, max_examples=5000)
 @given(
-    source=st.sampled_from(SOURCES), target=st.sampled_from(TARGETS), files=st.integers(1, 4),
+    source=st.sampled_from(SOURCES), target=st.sampled_from(get_args(Target)), files=st.integers(1, 4),
     block=st.integers(1, 9), made=collections(),
 )  # fmt: skip
 def test_any_format_into_any_5000_times(tmp_path, unsynced, source, target, files, block, made) -> None:
@@ -315,6 +317,55 @@ def test_what_is_not_token_files(tmp_path) -> None:
         opened(tmp_path / "only")
     with pytest.raises(DataError, match="has no split 'val'"):
         opened(tmp_path / "*.ds").split("val")
+
+
+@pytest.mark.parametrize(
+    "ids, text",
+    [
+        ("y_train.npy", "a.txt"),
+        ("y_train.npy", "neg/0_2.txt"),
+        ("y_train.npy", "input.txt"),
+        ("train.bin", "a.jsonl.zst"),
+        ("val.bin", "B.PARQUET"),
+        ("train.bin", "notes/input.md"),
+    ],
+)
+def test_text_beside_what_may_be_ids(tmp_path, ids, text) -> None:
+    """Labels are not trained on as tokens, nor text left aside: which of them is meant must be said."""
+    for name in (
+        "README.md",
+        "LICENSE.txt",
+        ".hidden.txt",
+        "prepare.py",
+        "meta.json",
+        "tokenizer/merges.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("about the tokens")
+    with open(tmp_path / ids, "wb") as file:
+        np.save(file, np.ones(9, "<i8")) if ids.endswith(".npy") else np.ones(9, "<u2").tofile(file)
+    alone = recognise(str(tmp_path))
+    assert alone is not None and [f.name for f in alone.files] == [ids]
+    (tmp_path / text).parent.mkdir(exist_ok=True)
+    (tmp_path / text).write_text("some text")
+    said = rf"may be a folder of text or one of tokens.\n  got: {text}, and {ids}, which(.|\n)*'{tmp_path}/\*\.\w+'"
+    with pytest.raises(DataError, match=said):
+        recognise(str(tmp_path))
+    for named in (tmp_path / ids, tmp_path / f"*{Path(ids).suffix}"):
+        found = recognise(str(named))
+        assert found is not None and found.files == (tmp_path / ids,)
+    if "/" not in text:
+        assert recognise(str(tmp_path / f"*{Path(text).suffix}")) is None
+
+
+def test_text_beside_what_shows_that_it_is_ids(tmp_path) -> None:
+    """A magic number or an index is enough; nanoGPT's input.txt belongs to its tokens."""
+    for format in ("llmc", "megatron", "datatrove", "nanogpt"):
+        (tmp_path / format).mkdir()
+        published.write(format, tmp_path / format, "train", [[1]], 257)
+        (tmp_path / format / ("input.txt" if format == "nanogpt" else "a.txt")).write_text("some text")
+        found = recognise(str(tmp_path / format))
+        assert found is not None and found.format.name == format
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -584,6 +635,30 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path) -> None:
     assert one.fingerprint == two.fingerprint != opened(tmp_path / "one", val_fraction=0.5).fingerprint
     edited(tmp_path / "two/fineweb_train_000000.bin", 1026, b"\5")
     assert opened(tmp_path / "two").fingerprint != one.fingerprint
+
+
+def test_large_files_are_known_by_samples_not_by_times(tmp_path, monkeypatch) -> None:
+    """A copy made later is the same text; another id at the beginning, in a sample between, or at the end is another."""
+    monkeypatch.setattr(foreign, "CONTENT_BYTES", 0)
+    documents = [[n % 256 for n in range(foreign.SAMPLE * 40)]]
+    (tmp_path / "one").mkdir()
+    published.write("llmc", tmp_path / "one", "train", documents, 257)
+    one = opened(tmp_path / "one").fingerprint
+    copied = Path(shutil.copytree(tmp_path / "one", tmp_path / "two"), "fineweb_train_000000.bin")
+    os.utime(copied, (1, 1))
+    assert opened(tmp_path / "two").fingerprint == one
+    tokens = len(documents[0]) + 1
+    third_sample = (tokens - foreign.SAMPLE) * 2 // (foreign.SAMPLES - 1)
+    for place in (0, third_sample, third_sample + foreign.SAMPLE - 1, tokens - 1):
+        before = copied.read_bytes()
+        edited(copied, 1024 + 2 * place, b"\x07\0" if before[1024 + 2 * place] != 7 else b"\x08\0")
+        assert opened(tmp_path / "two").fingerprint != one
+        copied.write_bytes(before)
+    published.write("llmc", tmp_path / "two", "train", [documents[0][:-1]], 257)
+    assert opened(tmp_path / "two").fingerprint != one
+    assert opened(tmp_path / "one", val_fraction=0.5).fingerprint != one
+    published.write("llmc", tmp_path / "one", "val", [[1]], 257)
+    assert opened(tmp_path / "one").fingerprint != one  # also of a few ids
 
 
 def test_bytes_of_text_are_counted_by_the_tokenizer(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -17,14 +18,14 @@ from regpt.cli import main
 from regpt.config import Config, DataConfig, TokenizerConfig, load_preset
 from regpt.data import download, sources
 from regpt.data.articles import articles
-from regpt.data.corpus import corpus, known_corpus, text_identity
+from regpt.data.corpus import corpus, data_folder, known_corpus, text_identity
 from regpt.data.documents import documents
 from regpt.data.hub import Spec
-from regpt.data.layout import matching
+from regpt.data.layout import choose, matching
 from regpt.data.named import NAMED_SETS
 from regpt.data.prepare import prepare
 from regpt.data.shards import Shards
-from regpt.data.sources import Source, is_remote, open_source, open_sources
+from regpt.data.sources import Source, open_source, open_sources
 from regpt.errors import ConfigError, DataError, DeviceError
 from regpt.tokenizers import load_tokenizer, open_tokenizer
 
@@ -212,6 +213,74 @@ def test_files_by_name_folder_or_glob() -> None:
     assert matching(paths, "**/a.txt") == ["a.txt", "b/a.txt", "b/c/a.txt"] and matching(paths, "**") == paths
     assert matching(paths, "b/*") == ["b/a.txt"] and matching(paths, "b/?.txt") == ["b/a.txt"]
     assert matching(paths, "[!b].txt") == ["a.txt"] and matching(paths, "b/[") == []
+    assert matching(paths, "b/**") == ["b/a.txt", "b/c/a.txt", "b/c/d.jsonl"]
+
+
+def test_globs_are_those_of_fsspec() -> None:
+    """By which the `datasets` library finds files: every pattern of up to three of these names."""
+    utils = pytest.importorskip("fsspec.utils")
+    paths = ["/".join(p) for k in (1, 2, 3) for p in itertools.product(("a", "b", "ab", "ba"), repeat=k)]
+    pieces = ("a", "ab", "*", "**", "?", "a*", "*b", "[ab]", "[!a]")
+    for pattern in ("/".join(p) for k in (1, 2, 3) for p in itertools.product(pieces, repeat=k)):
+        theirs = re.compile(utils.glob_translate(pattern))
+        assert matching(paths, pattern) == sorted(p for p in paths if theirs.match(p)), pattern
+
+
+def aliases(levels: int, through: str) -> str:
+    """YAML that is ten times as large with each level."""
+    lines = [f"  - &a{n + 1} {through.format(', '.join([f'*a{n}'] * 10))}" for n in range(levels)]
+    return "\n".join(["a:", f"  - &a0 {through.format('')}", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "front, said",
+    [
+        ("configs:\n- data_files:\n  - path: a.parquet\n", "there is no 'split'"),
+        ("configs:\n- data_files:\n  - split: train\n", "there is no 'path'"),
+        ("configs:\n- data_files:\n  - a.parquet\n  - {split: train}\n", "a dict stands where a name"),
+        ("configs:\n- config_name: [a]\n", "a list stands where a name"),
+        ("configs:\n- data_dir: {a: b}\n", "a dict stands where a name"),
+        ("configs: 3\n", "configs is not a list of configurations"),
+        ("configs:\n  a: b\n", "configs is not a list of configurations"),
+        ("configs:\n- 3\n", "configs is not a list of configurations"),
+        ("configs:\n- &a [*a]\n", "recursive"),
+        (f"{aliases(99, '[{}]')}configs:\n- data_files: *a99\n", "a list stands where a name"),
+        (f"{aliases(99, '{{? b : [{}]}}')}configs:\n- config_name: *a99\n", "a dict stands where a name"),
+        (f"{aliases(99, '{{<<: [{}]}}')}configs:\n- *a99\n", "a configuration is merged from others by <<"),
+        (f"configs:\n- {'[' * 20_000}\n", "recursion"),
+        (f"configs:\n- data_files: {'*' * 2000}\n", "expected alphabetic or numeric character"),
+        (f"configs:\n- data_files: '{'*' * 2000}'\n", "a name or pattern of 2,000 characters, more than 1,000"),
+        (f"configs:\n- data_files: [{'x, ' * 20_000}]\n", "data_files has 20,000 patterns, more than 10,000"),
+        (f"configs:\n#{'x' * (2 << 20)}\n", "it has 2,097,162 characters, more than 2,097,152"),
+    ],
+)  # fmt: skip
+def test_a_readme_that_cannot_be_read_is_said(front, said) -> None:
+    """Also one of a few kilobytes that would take memory and time without end."""
+    with pytest.raises(DataError, match=f"o/n: the front matter of README.md cannot be read: .*{said}") as e:
+        choose(["a.parquet"], f"---\n{front}---\n", "o/n", None, "train")
+    assert len(str(e.value)) < 500
+
+
+def test_a_readme_costs_no_more_than_reading_it() -> None:
+    """Patterns and texts on which a matcher that tries all ways would not come back."""
+    deep, far = "a/" * 300 + "x.parquet", "a" * 200 + ".parquet"
+    front = f"configs:\n- data_files: ['{'**/' * 200}y', '{'*a' * 90}b', '{far[:9]}*']\n"
+    assert choose([deep, far], f"---\n{front}---\n", "o/n", None, "train") == (far,)
+    for readme in (
+        "---" + "\n" * 300_000,
+        "---\n" + ("\n---" + " " * 999 + "x") * 999,
+        "---\r\n\r\n--- \r\n",
+    ):
+        assert choose([far], readme, "o/n", None, "train") == (far,)
+
+
+def test_what_yaml_takes_for_numbers_and_truth_are_names_here() -> None:
+    front = "configs:\n- {config_name: 2020, data_files: a.txt}\n- {config_name: no, data_files: b.txt, default: true}\n"
+    readme = f"---\n{front}- {{config_name: en, data_dir: , data_files: null}}\n---\n"
+    files = [
+        choose(["a.txt", "b.txt"], readme, "o/n", config, "train") for config in ("2020", "no", "en", None)
+    ]
+    assert files == [("a.txt",), ("b.txt",), ("a.txt", "b.txt"), ("b.txt",)]
 
 
 def test_a_config_may_be_a_file_a_folder_or_a_glob(hub) -> None:
@@ -226,13 +295,21 @@ def test_a_config_may_be_a_file_a_folder_or_a_glob(hub) -> None:
 
 def test_scripts_are_not_run_the_hubs_conversion_is_read(hub) -> None:
     """refs/convert/parquet, where the main branch has a script or only other formats; a conversion of a part is refused."""
-    hub.commit("o/old", files("old.py", "raw/train.jsonl", "README.md"))
+    main = hub.commit("o/old", files("old.py", "raw/train.jsonl", "README.md"))
+    before = hub.commit("o/old", files("old.py", "raw/train.jsonl"), branch="v1")
     converted = files(
         "plain_text/train/0000.parquet", "plain_text/train/0001.parquet", "plain_text/test/0000.parquet"
     )
     hub.commit("o/old", converted, branch="refs/convert/parquet")
     assert labels("hf:o/old") == ["plain_text/train/0000.parquet", "plain_text/train/0001.parquet"]
     assert labels("hf:o/old:plain_text", "test") == ["plain_text/test/0000.parquet"]
+    assert labels(f"hf:o/old@{main}") == labels("hf:o/old@refs/convert/parquet") == labels("hf:o/old")
+    for revision in ("v1", before):
+        with pytest.raises(
+            DataError,
+            match=rf"no files at {revision} that are read without a script.* is of main as it is now.\n  try: hf:o/old takes",
+        ):
+            open_source(f"hf:o/old@{revision}")
     hub.commit("o/csv", {"a.csv": b"text\nx\n"})
     with pytest.raises(
         DataError, match=r"o/csv holds nothing that regpt reads.\n  expected: parquet, JSONL or text"
@@ -292,6 +369,12 @@ def test_a_listing_with_paths_that_lead_elsewhere_is_refused(hub) -> None:
         hub.commit("o/evil", {name: small("x")})
         with pytest.raises(DataError, match="lists a file without path, size or hash"):
             open_source("hf:o/evil")
+    for name in ("a\\..\\..\\x.parquet", "C:x.parquet", "x.parquet:stream.parquet"):
+        hub.commit("o/evil", {name: small("x"), "fine.jsonl.gz": b""})
+        with pytest.raises(DataError, match=f"leads elsewhere on some systems.\n  got: {re.escape(name)}"):
+            open_source("hf:o/evil")
+    hub.commit("o/fine", files("12:30/a.parquet") | {"b:c.png": b"asked for by nobody"})
+    assert labels("hf:o/fine") == ["12:30/a.parquet"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -688,7 +771,7 @@ def test_a_run_prepares_a_named_set_and_finds_it_again(hub, tmp_path, monkeypatc
     hub.commit("HuggingFaceFW/fineweb-edu", sample)
     data = dataclasses.replace(load_preset("gpt2-124m-fineweb-edu").config.data, workers=1, val_fraction=0.1)
     config = Config(data=data, tokenizer=TokenizerConfig(name="bytes"))
-    assert data.source == "fineweb-edu-10bt" and is_remote(data.source)
+    assert data.source == "fineweb-edu-10bt"
     assert known_corpus(config)[2] is None
     assert not hub.served and not (tmp_path / "cache").exists()
     said: list[str] = []
@@ -697,7 +780,6 @@ def test_a_run_prepares_a_named_set_and_finds_it_again(hub, tmp_path, monkeypatc
         "preparing fineweb" in s for s in said
     )
     asked = len(hub.served)
-    assert not is_remote(data.source)
     before = sorted(p for p in tmp_path.rglob("*"))
     found = known_corpus(config)[2]
     assert found is not None and found.path == shards.path
@@ -715,6 +797,28 @@ def test_a_validation_source_of_its_own_is_found_again(tmp_path, monkeypatch) ->
     data = DataConfig(source="a.txt", val_source="b.txt", dir="shards", workers=1)
     config = Config(data=data, tokenizer=TokenizerConfig(name="bytes"))
     assert corpus(config)[1].manifest == corpus(config)[1].manifest
+
+
+@pytest.mark.parametrize(
+    "more, share, folder",
+    [
+        ({}, 0.005, "a-bytes-5802d399"),
+        ({"val_source": "b.txt"}, 0.005, "a-bytes-a6a210c6"),
+        ({"val_source": "b.txt", "val_fraction": 0.02}, 0.02, "a-bytes-ccd099cd"),
+    ],
+)
+def test_begun_runs_and_their_folders_are_known_as_they_always_were(
+    tmp_path, monkeypatch, more, share, folder
+) -> None:
+    """As earlier versions named them, where the share had a value even beside a validation source."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    config = Config(
+        data=DataConfig(source="a.txt", workers=1, **more), tokenizer=TokenizerConfig(name="bytes")
+    )
+    assert text_identity(config)["val_fraction"] == share
+    assert data_folder(config, open_sources(config.data)) == Path("data", folder)
 
 
 # --- lines that are articles ------------------------------------------------------------------------------------------

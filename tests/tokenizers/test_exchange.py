@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import example, given, settings
 from sample_texts import FUZZ, RHYME, VALID, plain_texts
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
@@ -16,6 +18,7 @@ from transformers import AutoTokenizer
 import tokenizers
 from regpt.tokenizers import load_tokenizer
 from regpt.tokenizers.bpe import BPETokenizer, train_bpe
+from regpt.tokenizers.exchange import splitting, token_bytes, tokenizer_json
 from regpt.tokenizers.patterns import PATTERNS
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<tool é>"]
@@ -100,6 +103,38 @@ def test_equal_ids_on_fuzzed_texts(elsewhere: Elsewhere, text: str) -> None:
 )
 def test_equal_ids_where_the_patterns_are_subtle(elsewhere: Elsewhere, text: str) -> None:
     assert_equal(elsewhere, text)
+
+
+def split_by_tiktoken(regex: str, text: str) -> list[bytes]:
+    """The pre-tokens: of a vocabulary of every stretch of the text, each of them is one token."""
+    data = text.encode()
+    stretches = {data[i:j] for i in range(len(data)) for j in range(i + 1, len(data) + 1)}
+    ranks = {stretch: rank for rank, stretch in enumerate(sorted(stretches, key=len))}
+    encoding = tiktoken.Encoding("all", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
+    return [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(text)]
+
+
+def split_by_tokenizers(pre_tokenizer: Mapping[str, Any], text: str) -> list[bytes]:
+    plain = tokenizers.Tokenizer.from_str(tokenizer_json([], {}, pre_tokenizer).decode())
+    return [token_bytes(piece) for piece, _ in plain.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(FUZZ, max_examples=150)
+@given(text=VALID)
+@example("a\n  ")
+@example(" \n \n x 's'S'ſ 'LL've")
+@example("!\n\n  y\r\n\r\n\t z \x1c\x85 \u3000")
+@example("12345 ½٣๑ _^\u1e9e's")
+def test_every_spelling_of_a_pattern_splits_alike(pattern: str, text: str) -> None:
+    """Not only where a merge would show it: before any vocabulary."""
+    text = text[:30] or "a"
+    published = split_by_tiktoken(PUBLISHED[pattern], text)
+    assert b"".join(published) == text.encode()
+    assert split_by_tiktoken(PATTERNS[pattern].split, text) == published
+    assert split_by_tokenizers(splitting(pattern), text) == published
+    if (spelled := PATTERNS[pattern].gigatoken) is not None:
+        assert split_by_tiktoken(spelled, text) == published
 
 
 def test_special_tokens_survive_saving_and_are_text_unless_allowed(

@@ -173,8 +173,7 @@ def inspect_shards(path: Path, args: Args) -> None:
     Raises:
         DataError: naming the file that is missing or has changed.
     """
-    from regpt.data.shards import TOKENIZER, Shards
-    from regpt.tokenizers import load_tokenizer
+    from regpt.data.shards import Shards
 
     out, shards = Output(args), Shards.open(path)
     facts, split = shards.manifest, shards.split(args.split)
@@ -184,13 +183,7 @@ def inspect_shards(path: Path, args: Args) -> None:
             done = 0
             for file in shards.verify():
                 bar.update(done := done + file.bytes)
-    tokenizer = load_tokenizer(path / TOKENIZER)
-    if tokenizer.fingerprint != facts.tokenizer.fingerprint:
-        raise DataError(
-            f"{path / TOKENIZER} is not the tokenizer that wrote these shards.",
-            got=tokenizer.fingerprint,
-            expected=facts.tokenizer.fingerprint,
-        )
+    tokenizer = shards.load_tokenizer()
     samples = first_documents(split, tokenizer, args.documents)
     lengths = count_lengths(split.document_ends)
     lines = describe_shards(shards)

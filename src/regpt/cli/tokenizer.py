@@ -45,7 +45,7 @@ class TrainArgs(CommonArgs):
     """Arguments of `regpt tokenizer train SOURCES --vocab-size N --out DIR`."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """Text, JSONL or parquet (.gz, .xz, .zst too), folders of them, globs, shakespeare or python-stdlib."""
+    """Text, JSONL or parquet (.gz, .xz, .zst too), folders, globs, named sets, or hf:owner/name[:config][@revision]."""
     out: str
     """The folder for the tokenizer; must not be there yet."""
     vocab_size: int

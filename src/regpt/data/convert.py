@@ -35,7 +35,6 @@ from regpt.train.durable import write_synced
 
 BLOCK = 1 << 20  # ids converted together
 SAMPLED_DOCUMENTS = 1000
-TARGETS = ("nanogpt", "llmc", "megatron", "datatrove", "regpt")
 Target = Literal["nanogpt", "llmc", "megatron", "datatrove", "regpt"]
 
 

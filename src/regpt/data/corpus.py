@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regpt.config import Config, TokenizerConfig
+from regpt.config import VAL_FRACTION, Config, TokenizerConfig
 from regpt.data.formats import recognise
 from regpt.data.in_place import in_place, known_in_place
 from regpt.data.prepare import passing, prepare, training_texts, unusual_split
@@ -121,7 +121,7 @@ def text_identity(config: Config) -> dict[str, Any]:
         found = _found(config)
         assert found is not None
         return {"tokens": found.fingerprint}
-    return _asked(config, open_sources(config.data))
+    return _known_by(config, open_sources(config.data))
 
 
 def selection(config: Config) -> Selection:
@@ -140,12 +140,20 @@ def _asked(config: Config, text: Text) -> dict[str, Any]:
     } | selection(config).asked()
 
 
+def _known_by(config: Config, text: Text) -> dict[str, Any]:
+    """The same as runs and the names of folders have it: with the share, though `data.val_source` leaves it without use."""
+    d, asked = config.data, _asked(config, text)
+    if d.val_source is not None:  # so it always was: runs that are begun go on, and find their folders
+        asked["val_fraction"] = VAL_FRACTION if d.val_fraction is None else d.val_fraction
+    return asked
+
+
 def data_folder(config: Config, text: Text) -> Path:
     """data/<source>-<tokenizer>-<fingerprint>, or what data.dir says. Other text or settings: another folder."""
     if config.data.dir is not None:
         return user_path(config.data.dir)
     name = config.tokenizer.name
-    asked = _asked(config, text) | {
+    asked = _known_by(config, text) | {
         "tokenizer": name if name in KINDS else open_tokenizer(name).fingerprint,
         "vocab_size": config.tokenizer.vocab_size if name == "bpe" else None,
     }

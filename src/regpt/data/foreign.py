@@ -22,6 +22,8 @@ from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
 
 BLOCK = 1 << 21  # ids that are looked at together
+SAMPLES = 16  # stretches of a large file that it is known by
+SAMPLE = 1 << 13  # ids of each
 NAMES_OF_GPT2 = ("gpt2", "openai-community/gpt2")
 
 
@@ -65,17 +67,18 @@ class ForeignSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex; another one where the files change: their content, or above 256 MiB their sizes and times."""
+        """Hex; another one where the files change: their content, or above 256 MiB their sizes and samples of their ids.
+
+        No times: who copies files, and a run on them, must be able to go on.
+        """
         by_content = self.stored_bytes <= CONTENT_BYTES
         digest = xxhash.xxh3_128(f"{self.tokenizer.fingerprint}\0{by_content}".encode())
         for split, files in self.files.items():
             for f in files:
                 ids = f.ids
                 digest.update(f"\0{split}\0{ids.offset}\0{ids.tokens}\0{ids.dtype.str}\0".encode())
-                if by_content:
-                    digest.update(mapped(ids).data)
-                else:
-                    digest.update(str(ids.path.stat().st_mtime_ns).encode())
+                for stretch in [mapped(ids)] if by_content else _samples(mapped(ids)):
+                    digest.update(stretch.data)
         return digest.hexdigest()
 
     def split(self, name: str) -> TokenSplit:
@@ -228,6 +231,12 @@ def byte_lengths_of(tokenizer: Tokenizer) -> Ids:
     sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]
     sizes[tokenizer.eot_id] = 0
     return np.array(sizes, dtype=np.int64)
+
+
+def _samples(ids: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The first ids, the last ones, and some between at even distances."""
+    last = max(len(ids) - SAMPLE, 0)
+    return (ids[start : start + SAMPLE] for start in (last * n // (SAMPLES - 1) for n in range(SAMPLES)))
 
 
 def _cut(files: list[TokenFile], fraction: float, path: Path) -> tuple[list[TokenFile], list[TokenFile]]:

@@ -301,6 +301,12 @@ def find(
     tree = hub.tree(hub.commit(spec.revision))
     chosen = _choose(tree, spec, split)
     if chosen is None:
+        if spec.revision != MAIN and tree.commit != hub.commit(MAIN):
+            raise DataError(
+                f"{spec.repo} has no files at {spec.revision} that are read without a script, and the hub's own conversion "
+                f"to parquet is of {MAIN} as it is now.",
+                hint=f"{PREFIX}{spec.repo} takes that conversion; or convert {spec.revision}, then name the folder",
+            )
         note(
             f"{spec.repo} has no files that are read without a script: taking the hub's own conversion to parquet"
         )
@@ -321,6 +327,13 @@ def find(
 def _choose(tree: Tree, spec: Spec, split: str) -> tuple[Entry, ...] | None:
     by_path = {e.path: e for e in tree.files if e.size}
     chosen = choose(list(by_path), tree.readme, spec.repo, spec.config, split)
+    for path in chosen or ():
+        if set("\\:") & set(path.rpartition("/")[2]):  # a folder or a drive where Windows keeps the cache
+            raise DataError(
+                f"{spec.repo} has a file whose name leads elsewhere on some systems.",
+                got=path,
+                hint="download it under another name, then name its folder: regpt prepare FOLDER …",
+            )
     return None if chosen is None else tuple(by_path[p] for p in chosen)
 
 

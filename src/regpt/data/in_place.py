@@ -49,9 +49,9 @@ def known_in_place(found: Found, config: Config) -> ForeignSet:
 
 
 def _facts_at_once(found: Found, config: Config) -> tuple[TokenizerFacts, Callable[[], Ids]]:
-    """What is known of the tokenizer of token files without a download."""
+    """What is known of the tokenizer of token files without a download: of GPT-2's the same wherever its files lie."""
     name = config.tokenizer.name
-    if name == "gpt2" and config.tokenizer.files is None:
+    if name == "gpt2":
         size = SIZES[name]
         return TokenizerFacts(name, "", size, size - 1), lambda: np.zeros(size, np.int64)
     tokenizer = tokenizer_of_files(found, config.tokenizer)

@@ -6,6 +6,7 @@ files. The rules are those of the `datasets` library, whose loading scripts are 
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,13 @@ NOT_DATA = re.compile(
     r"(^|/)(dataset_infos?|dataset_dict|state|config|requirements|licen[cs]e|readme)\.(json|txt)$",
     re.IGNORECASE,
 )
+NOTHING = ("", "~", "null", "Null", "NULL")  # in YAML
+TRUE = ("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON")
+MOST_FRONT_MATTER = (
+    2 << 20
+)  # characters, some of a thousand languages have half a million; YAML is read slowly
+MOST_NAME = 1000  # characters
+MOST_PATTERNS = 10_000  # of one configuration
 
 Splits = Mapping[str, Sequence[str]]
 """Paths of files, by split."""
@@ -96,7 +104,7 @@ def _pick(configs: Mapping[str, Find], config: str | None, repo: str) -> str:
 
 def _declared(readme: str | None, data: Sequence[str], repo: str) -> dict[str, Find]:
     """The configurations under `configs:` in the README's front matter."""
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", readme or "", re.DOTALL)
+    front = re.match(r"---[ \t\r]*\n(.*?)\n---[ \t\r]*(\n|$)", readme or "", re.DOTALL)
     if front is None or not re.search(r"^configs:", front[1], re.MULTILINE):
         return {}
     try:
@@ -104,26 +112,38 @@ def _declared(readme: str | None, data: Sequence[str], repo: str) -> dict[str, F
     except ImportError:
         raise missing_package("pyyaml", "data", "reading what a data set's README says") from None
     try:
-        listed = yaml.safe_load(front[1])["configs"]
-        found = {str(c.get("config_name", DEFAULT)): _finder(c, data) for c in listed}
-        default = [str(c.get("config_name", DEFAULT)) for c in listed if c.get("default")]
-    except (yaml.YAMLError, TypeError, AttributeError, KeyError) as e:
+        if len(front[1]) > MOST_FRONT_MATTER:
+            raise ValueError(f"it has {len(front[1]):,} characters, more than {MOST_FRONT_MATTER:,}")
+        # Texts, lists and mappings, nothing else: no merge (`<<`) that multiplies what the file holds.
+        listed = yaml.load(front[1], Loader=yaml.BaseLoader)["configs"]
+        if not isinstance(listed, list) or not all(isinstance(c, Mapping) for c in listed):
+            raise ValueError("configs is not a list of configurations")
+        configs = [{k: v for k, v in c.items() if v not in NOTHING} for c in listed]
+        names = [_text(c.get("config_name", DEFAULT)) for c in configs]
+        found = {name: _finder(c, data) for name, c in zip(names, configs, strict=True)}
+        default = [n for n, c in zip(names, configs, strict=True) if c.get("default") in TRUE]
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as e:
+        said = f"there is no {e}" if isinstance(e, KeyError) else str(e)
         raise DataError(
-            f"{repo}: the front matter of README.md cannot be read: {' '.join(str(e).split())}",
+            f"{repo}: the front matter of README.md cannot be read: {' '.join(said.split())[:300]}",
             hint=f"name the files: hf:{repo}:FOLDER, or a glob",
         ) from None
     return found | ({DEFAULT: found[default[0]]} if default else {})
 
 
 def _finder(declared: Mapping[str, Any], data: Sequence[str]) -> Find:
-    folder = str(declared.get("data_dir") or "").strip("/")
+    if "<<" in declared:
+        raise ValueError("a configuration is merged from others by <<")
+    folder = _text(declared.get("data_dir", "")).strip("/")
     inside = f"{folder}/" if folder and folder != "." else ""
     files = declared.get("data_files")
+    patterns = None if files is None else _patterns(files)
+    if patterns is not None and (count := sum(map(len, patterns.values()))) > MOST_PATTERNS:
+        raise ValueError(f"data_files has {count:,} patterns, more than {MOST_PATTERNS:,}")
 
     def find() -> Splits:
-        if files is None:
+        if patterns is None:
             return _usual([p for p in data if p.startswith(inside)], inside)
-        patterns = _patterns(files)
         return {s: [p for one in of for p in matching(data, inside + one)] for s, of in patterns.items()}
 
     return find
@@ -132,14 +152,22 @@ def _finder(declared: Mapping[str, Any], data: Sequence[str]) -> Find:
 def _patterns(files: Any) -> dict[str, list[str]]:
     """data_files as a text, a list of texts, or a list of {split, path}."""
     if isinstance(files, Mapping):
-        return {str(split): _texts(of) for split, of in files.items()}
+        return {_text(split): _texts(of) for split, of in files.items()}
     if isinstance(files, list) and files and isinstance(files[0], Mapping):
-        return {str(f["split"]): _texts(f["path"]) for f in files}
+        return {_text(f["split"]): _texts(f["path"]) for f in files}
     return {"train": _texts(files)}
 
 
 def _texts(value: Any) -> list[str]:
-    return [str(v).removeprefix("./") for v in (value if isinstance(value, list) else [value])]
+    return [_text(v).removeprefix("./") for v in (value if isinstance(value, list) else [value])]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"a {type(value).__name__} stands where a name or a pattern should")
+    if len(value) > MOST_NAME:
+        raise ValueError(f"a name or pattern of {len(value):,} characters, more than {MOST_NAME:,}")
+    return value
 
 
 # --- how files are named ----------------------------------------------------------------------------------------------
@@ -199,15 +227,26 @@ def _is_hidden(path: str) -> bool:
     return any(name.startswith((".", "__")) for name in path.split("/"))
 
 
-def matching(paths: Iterable[str], pattern: str) -> list[str]:
-    """The paths that a glob names, sorted: `*` and `?` stay within a folder, `**` goes through folders."""
-    made = ""
-    for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern, re.DOTALL):
-        special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-        is_class = len(piece) > 2 and piece[0] == "[" and piece[-1] == "]"
-        made += special.get(piece) or (piece.replace("[!", "[^", 1) if is_class else re.escape(piece))
-    try:
-        fits = re.compile(made)
-    except re.error:
+def matching(paths: Sequence[str], pattern: str) -> list[str]:
+    """The paths that a glob names, sorted: `*` and `?` stay within a folder, `**` between slashes is any folders."""
+    head = re.match(r"[^*?\[]*", pattern)[0]  # type: ignore[index]
+    if head == pattern:
+        return [pattern] if pattern in paths else []
+    if len(pattern) > MOST_NAME:
         return []
-    return sorted(p for p in paths if fits.fullmatch(p))
+    names = pattern.split("/") + (["*"] if pattern.endswith("/**") or pattern == "**" else [])
+    fits = [None if name == "**" else re.compile(fnmatch.translate(name)).match for name in names]
+    return sorted(p for p in paths if p.startswith(head) and _fit(p.split("/"), fits))
+
+
+def _fit(names: Sequence[str], fits: Sequence[Callable[[str], object] | None]) -> bool:
+    """Whether one name after the other fits; None: any number of them do."""
+    ends = {0}  # how many names may be taken so far
+    for fit in fits:
+        if fit is None:
+            ends = set(range(min(ends), len(names) + 1))
+        else:
+            ends = {n + 1 for n in ends if n < len(names) and fit(names[n])}
+        if not ends:
+            return False
+    return len(names) in ends

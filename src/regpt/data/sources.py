@@ -74,6 +74,9 @@ NOT_LIBRARY = {
 }
 
 PACKINGS = (".gz", ".xz", ".zst")
+ZSTANDARD_BYTES = (
+    1 << 10
+)  # unpacked together: the library gives all at once, and four bytes may stand for 128 KiB
 # How much larger text is than its file: a rough figure for the estimate of disk, from English text.
 UNPACKED_RATIO = {"": 1, ".gz": 3, ".xz": 4, ".zst": 3, ".parquet": 2}
 
@@ -492,7 +495,7 @@ class _Zstandard(io.RawIOBase):
             raise missing_package("zstandard", "data", "reading .zst files") from None
         self.stored, self.library = stored, zstandard
         self.frame: Any = None
-        self.data = memoryview(b"")
+        self.packed = self.data = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -500,19 +503,19 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.data:
             within = self.frame is not None and not self.frame.eof
-            packed = (b"" if within or self.frame is None else self.frame.unused_data) or self.stored.read(
-                1 << 17
-            )
-            if not packed:
+            self.packed = self.packed or memoryview(self.stored.read(1 << 17))
+            if not self.packed:
                 if within:
                     raise EOFError("it ends inside a frame")
                 return 0
             if not within:
                 self.frame = self.library.ZstdDecompressor().decompressobj()
+            piece = self.packed[:ZSTANDARD_BYTES]
             try:
-                self.data = memoryview(self.frame.decompress(packed))
+                self.data = memoryview(self.frame.decompress(piece))
             except self.library.ZstdError as e:
                 raise EOFError(str(e)) from None
+            self.packed = self.packed[len(piece) - len(self.frame.unused_data) :]
         n = min(len(buffer), len(self.data))
         buffer[:n], self.data = self.data[:n], self.data[n:]
         return n
@@ -577,15 +580,6 @@ def missing_on(disk: Path, *sources: Source | None) -> int:
 
 def _disk(folder: Path) -> int:
     return next(p for p in (folder, *folder.absolute().parents) if p.exists()).stat().st_dev
-
-
-def is_remote(spec: str) -> bool:
-    """Whether `open_source` would have to ask a server."""
-    try:
-        open_source(spec, network=False)
-    except DataError:
-        return spec in NAMED_SETS or spec.startswith(PREFIX)
-    return False
 
 
 def _from_hub(asked: str, spec: str, text_field: str, split: str, network: bool, note: Note) -> Source:

@@ -1,7 +1,7 @@
 """How text is split before bytes are paired: GPT-2's and GPT-4's patterns, as each library takes them.
 
 A pair never crosses from one pre-token into the next. Each pattern stands here in up to three spellings of the same
-matches. tests/tokenizers/test_exchange.py compares them with each other and with what tiktoken publishes.
+matches; tests/tokenizers/test_exchange.py compares them, pre-token by pre-token, with what tiktoken publishes.
 """
 
 from __future__ import annotations

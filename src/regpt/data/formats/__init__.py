@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ FORMATS: dict[str, Format] = {f.name: f for f in (NANOGPT, LLMC, MEGATRON, DATAT
 VAL_WORDS = {"val", "valid", "validation"}
 TEST_WORDS = {"test"}
 COMPANIONS = (".ds.index", ".ds.metadata", ".ds.loss")
+TEXT = re.compile(
+    r"\.(txt|text|md|rst|tex|html?|jsonl|ndjson|parquet)(\.gz|\.xz|\.zst)?$", re.IGNORECASE
+)  # not .json, .py or .csv: notes about tokens, not their text
+ABOUT = re.compile(r"(readme|licen[cs]e)\b.*", re.IGNORECASE)
+NANOGPTS_TEXT = "input.txt"  # lies beside the tokens that nanoGPT made of it
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def recognise(spec: str) -> Found | None:
     numbers with train or val in the name; or any of these where nothing else lies in the folder.
 
     Raises:
-        DataError: files of several formats lie there.
+        DataError: files of several formats lie in the folder, or text beside files that are ids by their names alone.
     """
     path = user_path(spec)
     if path.is_dir():
@@ -121,9 +127,26 @@ def _in_folder(folder: Path) -> dict[Format, list[Path]]:
         if format in found:
             found[format] = sorted({*found[format], *(p for p in files if _format_of(p) is format)})
     found = {format: paths for format, paths in found.items() if paths}
+    for format in (NANOGPT, NPY):
+        if format in found:
+            _check_no_text(folder, found[format][0], {NANOGPTS_TEXT} if format is NANOGPT else set())
     if not found and not any(p.is_dir() and p.name != TOKENIZER for p in folder.iterdir()):
         return _named(files)  # nothing else lies there: a damaged one is told so, not taken for text
     return found
+
+
+def _check_no_text(folder: Path, ids: Path, allowed: set[str]) -> None:
+    """Refuse a folder of text with a file that may be ids, or numbers that go with the text, such as its labels."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = [n for n in folders if not n.startswith(".") and n != TOKENIZER]
+        for name in sorted(set(files) - allowed):
+            if TEXT.search(name) and not ABOUT.fullmatch(name) and not name.startswith("."):
+                raise DataError(
+                    f"{folder} may be a folder of text or one of tokens.",
+                    got=f"{Path(here, name).relative_to(folder)}, and {ids.name}, which has nothing that says it holds ids",
+                    hint=f"for the tokens name the file, or a glob: '{folder / ('*' + ids.suffix)}'; "
+                    "for the text a folder of its own",
+                )
 
 
 def _is_sure(format: Format, path: Path) -> bool:

@@ -52,7 +52,6 @@ class Format(ABC):
     name: str
     eot: Eot
     """The program's own custom."""
-    suffix: str
 
     @abstractmethod
     def open_file(self, path: Path, vocab_size: int) -> TokenFile:

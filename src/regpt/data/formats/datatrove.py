@@ -32,7 +32,6 @@ class Datatrove(Format):
 
     name = "datatrove"
     eot: Eot = "append"
-    suffix = ".ds"
 
     def open_file(self, path: Path, vocab_size: int) -> TokenFile:
         """See `Format.open_file`."""

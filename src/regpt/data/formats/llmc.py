@@ -29,7 +29,6 @@ class LlmC(Format):
 
     name = "llmc"
     eot: Eot = "prepend"
-    suffix = ".bin"
 
     def recognises(self, path: Path) -> bool:
         """Whether the file begins with one of the magic numbers, in either byte order."""

@@ -41,7 +41,6 @@ class Megatron(Format):
 
     name = "megatron"
     eot: Eot = "append"
-    suffix = ".bin"
 
     def open_file(self, path: Path, vocab_size: int) -> TokenFile:
         """See `Format.open_file`."""

@@ -21,7 +21,6 @@ class Npy(Format):
 
     name = "npy"
     eot: Eot = "prepend"
-    suffix = ".npy"
 
     def recognises(self, path: Path) -> bool:
         """Whether the header is whole and says that ids follow."""

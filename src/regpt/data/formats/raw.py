@@ -22,7 +22,6 @@ class NanoGPT(Format):
 
     name = "nanogpt"
     eot: Eot = "append"
-    suffix = ".bin"
 
     def open_file(self, path: Path, vocab_size: int) -> TokenFile:
         """See `Format.open_file`."""
