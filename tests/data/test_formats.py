@@ -690,8 +690,10 @@ def test_nothing_is_overwritten_and_nothing_half_made_stays(tmp_path, monkeypatc
         patch.setattr(module, "_moved", lambda *_: (_ for _ in ()).throw(full))
         with pytest.raises(DataError, match=r"disk full while writing .*new; what was written is removed"):
             convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
-        patch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-        with pytest.raises(DataError, match=r"disk full: .*new needs .* bytes.\n  got: 0 free"):
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(
+            DataError, match=r"disk full: .*new needs about .* for .* ids.\n  got: 0.00 MB free"
+        ):
             convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano", "out"]
     convert(tokens, "llmc", tmp_path / "new", tokenizer=BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,38 @@ def test_document_ends_are_those_of_the_split(make_shards) -> None:
 
 def test_many_files_are_not_all_open_at_once(make_shards, monkeypatch) -> None:
     monkeypatch.setattr(module, "OPEN_FILES", 3)
+    monkeypatch.setattr(module, "MAPPED_FILES", 2)
     split = make_shards(range(100), shard_tokens=5).split("train")
     for start in (0, 50, 99, 20, 0):
         assert split.gather(np.array([start]), 100)[0].tolist() == [(start + i) % 100 for i in range(100)]
-        assert len(split._open) <= 3
+        assert split.gather(np.array([start // 5 * 5]), 5)[0].tolist() == [
+            start // 5 * 5 + i for i in range(5)
+        ]
+        assert len(split._open) <= 2 and len(split._descriptors) <= 3
+
+
+@pytest.mark.parametrize("can_read_at", [True, False])
+def test_rows_read_and_rows_mapped_are_the_same(make_shards, monkeypatch, can_read_at) -> None:
+    """As on systems that cannot read at a place; in another process too."""
+    monkeypatch.setattr(module, "CAN_READ_AT", can_read_at)
+    split = pickle.loads(pickle.dumps(make_shards(range(1000), shard_tokens=70).split("train")))  # noqa: S301
+    starts = np.array([0, 3, 140, 930, 66])
+    for length in (1, 4, 100):
+        expected = [[(s + i) % 1000 for i in range(length)] for s in starts.tolist()]
+        assert split.gather(starts, length).tolist() == expected
+
+
+def test_a_file_that_became_shorter_is_an_error(make_shards) -> None:
+    """Not a fault of the machine, as reading a mapped page behind the end is."""
+    shards = make_shards(range(100), shard_tokens=50)
+    split = shards.split("train")
+    assert split.gather(np.array([60]), 4).tolist() == [[60, 61, 62, 63]]
+    os.truncate(shards.path / "train-00001.bin", 10)
+    with pytest.raises(DataError, match="a file of the train split has become shorter"):
+        split.gather(np.array([60]), 4)
+    (shards.path / "train-00000.bin").unlink()
+    with pytest.raises(DataError, match=r"train-00000.bin cannot be read"):
+        split.gather(np.array([0]), 4)
 
 
 @pytest.mark.parametrize(

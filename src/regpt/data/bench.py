@@ -43,7 +43,7 @@ class DataBench:
     batch_rows: int
     block_size: int
     batch_s: float
-    """Median, over the shards just written."""
+    """Mean, over the shards just written."""
 
     @property
     def prepare_bytes_per_second(self) -> float:
@@ -127,11 +127,11 @@ def _one_process(source: Source, tokenizer: Tokenizer) -> tuple[float, float]:
 
 
 def _batch_seconds(shards: Shards, block_size: int) -> float:
-    """Of one batch, at the median."""
+    """Of one batch on the average: what some batches do for those that follow counts."""
     loader = Loader(shards.split("train"), block_size=block_size, batch_rows=BATCH_ROWS, seed=0)
     times: list[float] = []
     while len(times) < LEAST_BATCHES or sum(times) < TIMED_S:
         began = time.perf_counter()
         loader.batch(len(times))
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.mean(times)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,10 @@ from regpt.errors import DataError
 if TYPE_CHECKING:
     from regpt.data.shards import TokenizerFacts
 
-OPEN_FILES = 256  # mapped at once by one split; a process may commonly have 1,024 files open
+OPEN_FILES = 256  # at once by one split, for rows; a process may commonly have 1,024 files open
+MAPPED_FILES = 64  # besides, for what is read in order
+
+CAN_READ_AT = hasattr(os, "pread")  # not on Windows
 
 Ids = NDArray[np.int64]
 
@@ -94,7 +99,10 @@ class TokenSplit:
         self.n_tokens = sum(f.tokens for f in self.files)
         self._dtype = np.result_type(*{f.dtype for f in self.files} or {np.dtype("<u2")})
         self._starts = np.cumsum([0] + [f.tokens for f in self.files])
+        self._one_type = all(f.dtype == self._dtype for f in self.files)
+        self._offsets = np.array([f.offset for f in self.files], dtype=np.int64)
         self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._descriptors = _Descriptors(self.files)
         self._read_ends, self._count_bytes = document_ends, source_bytes
 
     @cached_property
@@ -132,18 +140,28 @@ class TokenSplit:
 
     def rows(self, starts: Ids, length: int) -> NDArray[Any]:
         """What `gather` gives, in the type of the files, or one that holds all of theirs. (R, length)."""
-        out = np.empty((len(starts), length), dtype=self._dtype)
         places = np.searchsorted(self._starts, starts, side="right") - 1
         ats = starts - self._starts[places]
-        within = zip(places.tolist(), ats.tolist(), strict=True)
-        if (
-            len(starts) and (starts + length <= self._starts[places + 1]).all()
-        ):  # no window ends in another file
-            np.concatenate([self._map(place)[at : at + length] for place, at in within], out=out.reshape(-1))
-        else:
-            for row, start in zip(out, starts.tolist(), strict=True):
-                self._fill(row, start)
+        inside = bool((starts + length <= self._starts[places + 1]).all())  # no window ends in another file
+        if inside and CAN_READ_AT and self._one_type:
+            return self._rows_read(places.tolist(), ats.tolist(), length)
+        out = np.empty((len(starts), length), dtype=self._dtype)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            self._fill(row, start)
         return out
+
+    def _rows_read(self, places: list[int], ats: list[int], length: int) -> NDArray[Any]:
+        """Windows that lie each in one file. Read, not mapped: a page's first touch costs more than to copy a row of it,
+        and a file that was cut off in the meantime is an error, not a fault of the machine."""
+        size = self._dtype.itemsize
+        descriptors, width = self._descriptors, length * size
+        offsets = (np.array(ats) * size + self._offsets[places]).tolist()
+        data = b"".join([os.pread(descriptors[p], width, at) for p, at in zip(places, offsets, strict=True)])
+        if len(data) != width * len(places):
+            raise DataError(
+                f"{self.files[0].path.parent}: a file of the {self.name} split has become shorter."
+            )
+        return np.frombuffer(data, self._dtype).reshape(len(places), length)
 
     def _fill(self, out: NDArray[Any], start: int) -> None:
         """`out` from `start` on, around the end of the split as often as need be."""
@@ -159,9 +177,34 @@ class TokenSplit:
         ids = self._open.get(place)
         if ids is None:
             ids = self._open[place] = mapped(self.files[place])
-            if len(self._open) > OPEN_FILES:
+            if len(self._open) > MAPPED_FILES:
                 self._open.popitem(last=False)
         return ids
+
+
+class _Descriptors(dict[int, int]):
+    """Files of a split by their place, open for reading: at most OPEN_FILES, as long as this lives."""
+
+    def __init__(self, files: Sequence[IdsFile]) -> None:
+        super().__init__()
+        self._files = files
+
+    def __reduce__(self) -> tuple[type[_Descriptors], tuple[Sequence[IdsFile]]]:
+        return _Descriptors, (self._files,)
+
+    def __missing__(self, place: int) -> int:
+        try:
+            self[place] = found = os.open(self._files[place].path, os.O_RDONLY)
+        except OSError as e:
+            raise DataError(f"{self._files[place].path} cannot be read: {e}") from None
+        if len(self) > OPEN_FILES:
+            os.close(self.pop(next(iter(self))))
+        return found
+
+    def __del__(self) -> None:
+        for descriptor in self.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def mapped(file: IdsFile) -> NDArray[Any]:

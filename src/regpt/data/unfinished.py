@@ -89,7 +89,7 @@ def unfinished(out: Path, *, goes_on: bool = False) -> Iterator[Path]:
         left = f"what was written is in {work}, and the same command goes on from there" if kept else ""
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             left = left or "what was written is removed"
-            raise DataError(f"disk full while preparing {out}; {left}.", hint=MORE_SPACE) from None
+            raise DataError(f"disk full while writing {out}; {left}.", hint=MORE_SPACE) from None
         if e.errno == errno.EFBIG:
             raise DataError(
                 f"{out}: this user may not write files so large.", hint="ulimit -f unlimited"
