@@ -237,3 +237,22 @@ def test_what_a_person_sees(tiny_run, capsys) -> None:
     ]
     assert main(words) == 0 and not Path("x/tokenizer").exists()
     assert Path("x/train_00000.ds.metadata").read_text().startswith("Unknown Tokenizer|2\n24\n")
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_an_emptied_file_is_not_left_out_in_silence(tmp_path, capsys, monkeypatch, name) -> None:
+    """Validation would be cut off the training text, whose loss is another."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        np.arange(200, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    (tmp_path / f"{name}.bin").write_bytes(b"")
+    assert main(["train", "demo", "--data.source", ".", "--tokenizer.name", "bytes", "--out", "run"]) == 2
+    assert f"{name}.bin holds no tokens" in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_megatron_file_without_its_index_is_not_left_out(prepared, capsys) -> None:
+    assert main(["convert", "ours", "--to", "megatron", "--out", "source", "--quiet"]) == 0
+    Path("source/b_document.bin").write_bytes(b"\0\0" * 50)
+    words = ["train", "demo", "--data.source", "source", "--tokenizer.name", "bytes", "--out", "run"]
+    assert main(words) == 2
+    assert "b_document" in capsys.readouterr().err and not Path("run").exists()

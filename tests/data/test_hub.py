@@ -889,3 +889,15 @@ def test_articles_are_cut_into_parts_of_whole_articles(hub, tmp_path, monkeypatc
         assert sum(p.stored_bytes for p in parts) == source.stored_bytes and all(p.temporary for p in parts)
         made.append(["".join(d()) for p in parts for d in documents(p, sources.Counter())])
     assert made[0] == made[1] == made[2] and len(made[0]) == 200
+
+
+def test_an_endpoint_that_is_no_address_is_named(hub, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    assert main(["prepare", "hf:me/set", "--out", "out"]) == 2
+    assert "ConfigError: HF_ENDPOINT is not an address." in capsys.readouterr().err
+
+
+def test_errors_are_called_by_names_that_people_know(hub, capsys) -> None:
+    hub.commit("me/set", SHARDS)
+    assert main(["prepare", "hf:me/set@nope", "--out", "out"]) == 2
+    assert capsys.readouterr().err.startswith("DataError: ")

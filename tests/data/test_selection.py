@@ -19,6 +19,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from regpt.cli import main
+from regpt.data import prepare as preparing
 from regpt.data import shuffle as shuffling
 from regpt.data import sources
 from regpt.data.duplicates import Seen
@@ -429,3 +431,75 @@ def test_killed_at_any_instant_with_everything_on(tmp_path, seed) -> None:
     subprocess.run(script(folder, out, 2, ""), check=True)
     assert content(out) == content(tmp_path / "whole")
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_slice_is_nothing_to_train_on(three, capsys) -> None:
+    assert (
+        main(["train", "demo", "--data.source", str(three[0]), "--tokenizer.name", "bytes", "--out", "run"])
+        == 2
+    )
+    assert "is only slice 1/3 of" in capsys.readouterr().err and not Path("run").exists()
+    assert main(["inspect", str(three[0])]) == 0
+    assert "slice      1/3 of its source" in capsys.readouterr().out
+
+
+# --- unfinished work --------------------------------------------------------------------------------------------------
+
+
+def stop_late(done: int, total: int) -> None:
+    if done > total // 2:
+        raise KeyboardInterrupt
+
+
+def test_what_failed_goes_on_where_its_journal_is(tmp_path, monkeypatch, tokenizer) -> None:
+    """A disk that is full, a network that is gone, a Ctrl-C: what was noted stays, and is not done again."""
+    monkeypatch.setattr(sources, "PART_BYTES", 500)
+    monkeypatch.setattr(preparing, "JOURNAL_S", 0)
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", make_texts(60)))
+    prepare(source, tokenizer, tmp_path / "whole", val_fraction=0.2)
+    for error in (
+        OSError(28, "No space left on device"),
+        DataError("the server is gone."),
+        KeyboardInterrupt(),
+    ):
+
+        def fail(done: int, total: int, error: BaseException = error) -> None:
+            if done > total // 2:
+                raise error
+
+        with pytest.raises((DataError, KeyboardInterrupt)) as e:
+            prepare(source, tokenizer, tmp_path / "out", val_fraction=0.2, progress=fail)
+        if isinstance(error, OSError):
+            assert "what was written is in" in str(e.value) and "goes on from there" in str(e.value)
+        seen: list[int] = []
+        prepare(
+            source,
+            tokenizer,
+            tmp_path / "out",
+            val_fraction=0.2,
+            progress=lambda done, _, s=seen: s.append(done),
+        )
+        assert seen[0] > source.stored_bytes // 3
+        assert content(tmp_path / "out") == content(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_others_do_not_take_a_stopped_preparations_folder(tmp_path, monkeypatch, tokenizer, three) -> None:
+    monkeypatch.setattr(sources, "PART_BYTES", 500)
+    monkeypatch.setattr(preparing, "JOURNAL_S", 0)
+    source = open_source(str(tmp_path / "a.jsonl"))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tokenizer, tmp_path / "out", val_fraction=0, progress=stop_late)
+    before = content(tmp_path / ".out.partial")
+    with pytest.raises(DataError, match=r".out.partial holds a preparation that was stopped"):
+        merge(three, tmp_path / "out")
+    assert content(tmp_path / ".out.partial") == before
+
+
+def test_leftovers_of_what_is_finished_are_cleared(tmp_path, tokenizer) -> None:
+    """Of a process that was killed between the rename and its last line; not while somebody works there."""
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", make_texts(20)))
+    prepare(source, tokenizer, tmp_path / "out", val_fraction=0)
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.partial/shards")
+    prepare(source, tokenizer, tmp_path / "out", val_fraction=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]

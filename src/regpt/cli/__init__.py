@@ -102,7 +102,12 @@ def _run(words: list[str]) -> int:
 
 def _report(error: BaseException, as_json: bool) -> int:
     """Say what went wrong, on standard error and as JSON where that was asked for; returns the exit status."""
-    kind, hint, status = type(error).__name__, None, 1
+    # The name of the nearest kind that is no file's own affair.
+    kind, hint, status = (
+        next(k.__name__ for k in type(error).__mro__ if not k.__name__.startswith("_")),
+        None,
+        1,
+    )
     more: dict[str, str] = {}
     if isinstance(error, RegptError):
         what, hint, status = error.what, error.hint, error.exit_status

@@ -280,6 +280,8 @@ def describe_shards(shards: Shards) -> list[str]:
         f"tokenizer  {m.tokenizer.kind}, {m.tokenizer.vocab_size:,} ids, fingerprint {m.tokenizer.fingerprint[:12]}; "
         f"ids as {m.dtype}, up to {m.max_id:,}; <|endoftext|> {m.eot} to every document",
     ]
+    if part := m.request.get("slice"):
+        lines.append(f"slice      {part} of its source: regpt merge joins all of them")
     for name, s in m.splits.items():
         lines.append(
             f"{name:<10} {s.tokens:,} tokens in {s.documents:,} documents, {s.source_bytes:,} bytes of text "

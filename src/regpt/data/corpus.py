@@ -255,6 +255,11 @@ def _prepared(folder: Path, config: Config, text: Text | None = None) -> tuple[T
     """Shards and tokenizer from a shard directory; refused where the run asks for another tokenizer or text."""
     shards = Shards.open(folder)
     manifest = shards.manifest
+    if part := manifest.request.get("slice"):
+        raise DataError(
+            f"{folder} is only slice {part} of {manifest.source.spec}.",
+            hint="regpt merge SLICES… --out DIR, then that folder",
+        )
     if text is not None:
         asked = {f.name: None for f in dataclasses.fields(Selection)} | _asked(config, text)
         other = [name for name, value in asked.items() if manifest.request.get(name) != value]

@@ -302,7 +302,8 @@ def _json_lines(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> I
             skipped["invalid UTF-8"] += 1
             continue
         except (ValueError, RecursionError) as e:
-            raise DataError(f"{_where(data, part, begin)} is not valid JSON: {e}") from None
+            said = f"{e.msg} at character {e.pos + 1}" if isinstance(e, json.JSONDecodeError) else str(e)
+            raise DataError(f"{_where(data, part, begin)} is not valid JSON: {said}") from None
         text = _field(value, part.text_field, partial(_where, data, part, begin))
         if text is None:
             skipped["empty"] += 1

@@ -347,6 +347,12 @@ class _Hub:
     def __init__(self, repo: str, network: bool, note: Note) -> None:
         self.repo, self.note = repo, note
         self.endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+        if not self.endpoint.startswith(("https://", "http://")):
+            raise ConfigError(
+                "HF_ENDPOINT is not an address.",
+                got=self.endpoint[:80],
+                expected="https://… of a mirror of the hub",
+            )
         self.folder = cache_folder() / "hub" / repo.replace("/", "--")
         by_hand = (
             f"a mirror (HF_ENDPOINT=https://…); or download the files of {self.endpoint}/datasets/{repo}/tree/main by any "

@@ -32,6 +32,13 @@ def in_place(
         listen: hears what is trained on.
     """
     tokenizer = tokenizer_of_files(found, config.tokenizer, kept)
+    for name in ("train", "val"):
+        files = found.of_split(name)
+        if files and not any(found.format.open_file(f, tokenizer.vocab_size).ids.tokens for f in files):
+            raise DataError(  # a split that would be left out, or cut off the other one, in silence
+                f"{files[0]} holds no tokens.",
+                hint="write it again, or move it out of the folder to go without",
+            )
     made = _opened(found, config, facts_of(tokenizer), partial(byte_lengths_of, tokenizer))
     if "val" in made.splits and made.split("val").n_tokens < 2:
         raise DataError(f"{made.held_out}: one token is too little to validate on.")

@@ -237,7 +237,7 @@ def unusual_split(manifest: Manifest, val_fraction: float) -> str | None:
         return None
     return (
         f"{share:.0%} of the text is held out for validation, where {val_fraction:.1%} was asked for: whole documents are "
-        "held out, and here are few. Validation text of its own: val_source"
+        "held out, and here are few. Validation text of its own: --val-source (regpt train: --data.val-source)"
     )
 
 

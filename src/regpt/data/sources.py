@@ -435,6 +435,8 @@ def open_source(
         ]
         name = path.resolve().name
     elif path.exists():
+        if not path.is_file():  # a pipe would be waited for
+            raise DataError(f"{spec} is neither a file nor a folder.")
         files, name = [SourceFile.of(path, path.name)], path.name
     elif glob.has_magic(str(path)):
         matches = (Path(p) for p in glob.glob(str(path), recursive=True))
@@ -544,6 +546,8 @@ def open_sources(
         named = _named(spec)
         return opened((named and named.val_spec) or spec, d.val_split or "validation")
 
+    if d.val_fraction is not None and d.val_split is not None:
+        note(f"data.val_fraction={d.val_fraction:g} is without effect: the split {d.val_split} is held out")
     source, named = opened(d.source, d.split), _named(d.source)
     if d.val_source is not None:
         val_source = held_out(d.val_source)

@@ -126,6 +126,11 @@ def _in_folder(folder: Path) -> dict[Format, list[Path]]:
     for format in (MEGATRON, DATATROVE):
         if format in found:
             found[format] = sorted({*found[format], *(p for p in files if _format_of(p) is format)})
+    if MEGATRON in found:  # a .bin that has lost its index
+        found[MEGATRON] = sorted({*found[MEGATRON], *(p for p in files if p.suffix == ".bin")})
+        found.pop(NANOGPT, None)
+    if NPY in found:
+        found[NPY] = sorted({*found[NPY], *(p for p in files if p.suffix == ".npy" and _has_split_word(p))})
     found = {format: paths for format, paths in found.items() if paths}
     for format in (NANOGPT, NPY):
         if format in found:
@@ -157,9 +162,13 @@ def _is_sure(format: Format, path: Path) -> bool:
     if format is DATATROVE:
         return any(path.with_name(path.name + end).exists() for end in (".index", ".metadata"))
     if format is NPY:
-        words = set(re.findall("[a-z]+", path.stem.lower()))
-        return bool(words & {"train", *VAL_WORDS}) and NPY.recognises(path)
+        return _has_split_word(path) and NPY.recognises(path)
     return format is LLMC or path.name in ("train.bin", "val.bin")
+
+
+def _has_split_word(path: Path) -> bool:
+    """Whether the file's name says train or val."""
+    return bool(set(re.findall("[a-z]+", path.stem.lower())) & {"train", *VAL_WORDS})
 
 
 def _like(sure: list[Path], files: list[Path]) -> set[Path]:
