@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -406,3 +408,12 @@ def test_windows_tile_the_tokens(tmp_path, cache, make_shards) -> None:
         assert {tuple(r) for r in seen} == {tuple(expected[i * 32 : i * 32 + 32]) for i in range(len(data))}
     with pytest.raises(ConfigError, match=r"block_size=9000000 needs at least 9000001 tokens"):
         TokenDataset(shards, 9_000_000)
+
+
+def test_a_table_without_rows_does_not_go_on_for_ever(tmp_path) -> None:
+    """Its epochs are empty, and nobody asked how many there are."""
+    path = tmp_path / "empty.parquet"
+    pyarrow.parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())])).close()
+    data = StreamingTokens(open_source(str(path)), ByteTokenizer(), block_size=4, epochs=None)
+    with pytest.raises(DataError, match="there is no text in it"):
+        next(iter(data))

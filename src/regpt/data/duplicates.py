@@ -55,17 +55,16 @@ class Seen:
         signed, first = np.unique(
             hashes.view(np.int64), return_index=True
         )  # sorted: neighbours lie on one page
-        new: list[int] = []
+        before = np.ones(len(hashes), dtype=bool)
         with self._told():
             for at in range(0, len(signed), MOST_AT_ONCE):
-                some = str(signed[at : at + MOST_AT_ONCE].tolist())
+                some = signed[at : at + MOST_AT_ONCE]
                 rows = self._table.execute(
                     "INSERT OR IGNORE INTO seen SELECT value, ? FROM json_each(?) RETURNING hash",
-                    (step, some),
+                    (step, str(some.tolist())),
                 )
-                new += [h for (h,) in rows]
-        before = np.ones(len(hashes), dtype=bool)
-        before[first[np.isin(signed, np.array(new, dtype=np.int64))]] = False
+                new = np.array([h for (h,) in rows], dtype=np.int64)
+                before[first[at : at + MOST_AT_ONCE][np.isin(some, new, assume_unique=True)]] = False
         return before
 
     def save(self, step: int) -> None:

@@ -322,13 +322,16 @@ class _Dealer:
         for epoch in epochs:
             seen: list[Part] = []
             work = self.work / str(epoch)
-            work.mkdir()
+            if lasting is None:
+                work.mkdir()
             begin = begin if begin.epoch == epoch else _FileStart(epoch)
             for number, part in enumerate(lasting or source_parts(self.source, work, begin.file), begin.part):
                 if part.file != self.files[-1].file or epoch != self.files[-1].epoch:
                     self.files.append(_FileStart(epoch, number, part.file))
                 seen.append(part)
                 yield Place(epoch, number), part
+            if not seen:  # or an endless listing would never end
+                raise DataError(f"{self.source.spec}: there is no text in it.")
             if begin.file == 0 and not any(part.temporary for part in seen):
                 lasting = seen
 
@@ -361,6 +364,6 @@ def tokenized(
     number = -1
     for number, piece in enumerate(document()):
         if number >= first:
-            yield number, np.array(tokenizer.encode(piece), dtype=np.int32)
+            yield number, tokenizer.encode_array(piece).astype(np.int32)
     if part.fragment != "middle":
         yield number + 1, np.array([tokenizer.eot_id], dtype=np.int32)

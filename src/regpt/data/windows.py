@@ -167,8 +167,8 @@ class TextIndex:
         found = documents(part, Counter())  # stays open: a document is valid until the next is asked for
         document: Document | None = next(itertools.islice(found, record, None), None)
         text = next(itertools.islice(document(), piece, None), None) if document is not None else None
-        ids = self.tokenizer.encode(text) if text is not None else []
-        return np.array([*ids, self.tokenizer.eot_id] if ends else ids, dtype=np.int32)
+        ids = self.tokenizer.encode_array(text or "").astype(np.int32)
+        return np.append(ids, np.int32(self.tokenizer.eot_id)) if ends else ids
 
     # --- the index ----------------------------------------------------------------------------------------------------
 
