@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from regpt.data import convert as module
 from regpt.data import foreign
 from regpt.data.convert import Target, convert
-from regpt.data.foreign import ForeignSet, byte_lengths_of, facts_of, open_foreign
+from regpt.data.foreign import ForeignSet, byte_lengths_of, open_foreign
 from regpt.data.formats import recognise, split_of
 from regpt.data.formats.base import Eot
 from regpt.data.shards import Shards, TokenizerFacts
@@ -37,7 +37,9 @@ BYTES = ByteTokenizer()
 def opened(folder: Path | str, vocab: int = 257, **more: object) -> ForeignSet:
     found = recognise(str(folder))
     assert found is not None
-    facts = facts_of(BYTES) if vocab == 257 else TokenizerFacts("unknown", str(vocab), vocab, vocab - 1)
+    facts = (
+        TokenizerFacts.of(BYTES) if vocab == 257 else TokenizerFacts("unknown", str(vocab), vocab, vocab - 1)
+    )
     return open_foreign(found, facts, partial(byte_lengths_of, BYTES), **more)  # type: ignore[arg-type]
 
 

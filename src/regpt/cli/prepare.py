@@ -17,6 +17,7 @@ import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse
 from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
+from regpt.paths import nearest_existing
 
 if TYPE_CHECKING:
     from regpt.data.corpus import Text
@@ -216,8 +217,7 @@ def describe_download(*sources: Source | None) -> str:
     if not missing:
         return ""
     folder = downloads[0].passing or cache_folder()
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = megabytes(shutil.disk_usage(there).free)
+    free = megabytes(shutil.disk_usage(nearest_existing(folder)).free)
     if downloads[0].passing:  # less, where some of it is prepared already
         said = f"up to {megabytes(missing)} to download, at most {megabytes(at_once)} of it at a time,"
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import textwrap
 import time
@@ -152,13 +151,11 @@ def train(argv: list[str]) -> int:
 
 def _check_folder(folder: Path) -> None:
     """Refuse, before any work, a folder that holds something or cannot be made."""
+    from regpt.data.unfinished import require_writable
+
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is there already, and is not overwritten.", hint="another --out")
-    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise DataError(
-            f"{folder} cannot be made: {above} is not a folder to write in.", hint="another --out"
-        )
+    require_writable(folder)
 
 
 # --- show ------------------------------------------------------------------------------------------------------------

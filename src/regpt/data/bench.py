@@ -13,7 +13,7 @@ from typing import Any
 
 from regpt.data.loader import Loader
 from regpt.data.prepare import prepare, workers_for
-from regpt.data.request import Request, Selection, Slice, read
+from regpt.data.request import EVERYTHING, Selection, Slice, read
 from regpt.data.shards import Shards
 from regpt.data.sources import Source
 from regpt.errors import DataError
@@ -67,9 +67,8 @@ def bench_data(
     Raises:
         DataError: the source is empty, damaged, or too small for a batch.
     """
-    whole = Request(source, None, None, tokenizer, 1)
-    n_slices = -(-whole.stored_bytes // MOST_BYTES) or 1
-    first = Selection(slice=Slice(1, n_slices)) if n_slices > 1 else Selection()
+    n_slices = -(-source.stored_bytes // MOST_BYTES)
+    first = Selection(slice=Slice(1, n_slices)) if n_slices > 1 else EVERYTHING
     read_rate, alone_rate = _one_process(source, tokenizer)
     with tempfile.TemporaryDirectory(prefix="regpt-") as folder:
         out = Path(folder) / "shards"

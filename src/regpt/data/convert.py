@@ -23,7 +23,6 @@ from regpt.data.shards import (
     Manifest,
     SourceFacts,
     SplitFacts,
-    TokenizerFacts,
     dtype_for,
 )
 from regpt.data.split import Ids, TokenSet, TokenSplit
@@ -260,11 +259,10 @@ class _ShardWriter(Writer):
 
 
 def _write_manifest(folder: Path, writers: dict[str, _ShardWriter], source: TokenSet, eot: Eot) -> None:
-    t = source.tokenizer
     manifest = Manifest(
-        tokenizer=TokenizerFacts(t.kind, t.fingerprint, t.vocab_size, t.eot_id),
+        tokenizer=source.tokenizer,
         max_id=max(w.max_id for w in writers.values()),
-        dtype=dtype_for(t.vocab_size).name,
+        dtype=dtype_for(source.tokenizer.vocab_size).name,
         source=SourceFacts(source.name, str(source.path), source.fingerprint),
         val_source=None,
         request={"converted": source.fingerprint, "source_eot": eot},

@@ -117,10 +117,8 @@ def text_identity(config: Config) -> dict[str, Any]:
     folder = user_path(config.data.source)
     if (folder / MANIFEST).exists():
         return {"shards": Shards.open(folder).manifest.fingerprint}
-    if recognise(config.data.source) is not None:
-        found = _found(config)
-        assert found is not None
-        return {"tokens": found.fingerprint}
+    if files := recognise(config.data.source):
+        return {"tokens": known_in_place(files, config).fingerprint}
     return _known_by(config, open_sources(config.data))
 
 

@@ -153,7 +153,7 @@ def _texts(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> Iterat
     if part.fragment:
         yield partial(_decoded, data, part.start, part.end)
         return
-    for begin, stop in _records(data, part):
+    for begin, stop in records(data, part):
         # A line end next to a separator belongs to the separator: it stands on a line of its own.
         if begin + part.offset > 0:
             begin += {b"\r\n": 2, b"\n": 1}.get(data[begin : begin + 2], data[begin : begin + 1] == b"\n")
@@ -166,7 +166,7 @@ def _texts(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> Iterat
             skipped["empty"] += 1
 
 
-def _records(data: mmap.mmap | bytes, part: Part) -> Iterator[tuple[int, int]]:
+def records(data: mmap.mmap | bytes, part: Part) -> Iterator[tuple[int, int]]:
     """[begin, stop) of what stands between delimiters and begins in the part."""
     delimiter = DELIMITERS[part.form]
     begin, width = 0, len(delimiter)
@@ -289,7 +289,7 @@ _UNITS = re.compile(
 
 def _json_lines(data: mmap.mmap | bytes, part: Part, skipped: Counter[str]) -> Iterator[Document]:
     # Lines end at b"\n" alone: U+0085 and U+2028, where str.splitlines cuts, may stand inside a JSON string.
-    for begin, stop in _records(data, part):
+    for begin, stop in records(data, part):
         if stop - begin > LONG_LINE_BYTES and (span := _text_span(data, begin, stop, part.text_field)):
             yield partial(_unescaped, data, *span, partial(_where, data, part, begin))
             continue

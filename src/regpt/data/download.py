@@ -48,6 +48,9 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that another attempt may not meet."""
 
 
+PART, LOCK = ".part", ".lock"
+
+
 class Unreachable(DataError):
     """The server gave no answer that could be used, however often it was asked; what is kept from before may do."""
 
@@ -132,11 +135,11 @@ class Client:
         if _is_there(keep, file.size):
             return
         make_folder(keep.parent)
-        part = keep.with_name(keep.name + ".part")
+        part = beside(keep, PART)
         with self._alone(part, keep):
             if _is_there(keep, file.size):
                 return
-            for tried in self._tries(file.url, lambda: _size(part)):
+            for tried in self._tries(file.url, lambda: size_of(part)):
                 with tried:
                     self._receive(file, part, progress)
                     _check(file, part)
@@ -226,7 +229,7 @@ class Client:
 
     def _receive(self, file: RemoteFile, part: Path, progress: Callable[[int], None]) -> None:
         """What is missing of `part`. Raises _Passing where not all of it came."""
-        have = _size(part)
+        have = size_of(part)
         if have > file.size:
             part.unlink()
             have = 0
@@ -250,7 +253,7 @@ class Client:
     @contextlib.contextmanager
     def _alone(self, part: Path, keep: Path) -> Iterator[None]:
         """Hold this file against other processes, or wait until the one that holds it is done."""
-        path, told = keep.with_name(keep.name + ".lock"), False
+        path, told = beside(keep, LOCK), False
         with open(path, "a+b") as lock:
             while lock_file(lock) is False:
                 if not told:
@@ -270,7 +273,12 @@ class _Attempt(contextlib.AbstractContextManager[None]):
         return self.error is not None
 
 
-def _size(path: Path) -> int:
+def beside(keep: Path, suffix: str) -> Path:
+    """What lies beside a file while it is downloaded: PART of it, and a LOCK."""
+    return keep.with_name(keep.name + suffix)
+
+
+def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
@@ -278,7 +286,7 @@ def _is_there(path: Path, size: int) -> bool:
     """Whether the file is here. It got its name after its hash was compared, so its size tells enough from then on."""
     if not path.exists():
         return False
-    if _size(path) == size:
+    if size_of(path) == size:
         return True
     path.unlink()  # cut by something else: a full disk while it was copied, a person
     return False

@@ -221,11 +221,6 @@ def own_name(tokenizer: TokenizerFacts) -> str:
     )
 
 
-def facts_of(tokenizer: Tokenizer) -> TokenizerFacts:
-    """What a set keeps of its tokenizer."""
-    return TokenizerFacts(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eot_id)
-
-
 def byte_lengths_of(tokenizer: Tokenizer) -> Ids:
     """Bytes of text that each id stands for; none for `<|endoftext|>`."""
     sizes = [len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)]

@@ -16,6 +16,7 @@ Heard from the environment: HF_ENDPOINT (a mirror), HF_TOKEN (gated and private 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -29,7 +30,18 @@ from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from regpt.data.download import ATTEMPTS, Client, Note, RemoteFile, Unreachable, unheard
+from regpt.data.download import (
+    ATTEMPTS,
+    LOCK,
+    PART,
+    Client,
+    Note,
+    RemoteFile,
+    Unreachable,
+    beside,
+    size_of,
+    unheard,
+)
 from regpt.data.layout import choose
 from regpt.data.ranged import RangedFile
 from regpt.errors import ConfigError, DataError
@@ -162,8 +174,8 @@ class Files:
     def _missing(self, number: int) -> int:
         if self.is_here(number):
             return 0
-        part, size = _beside(self.path(number), ".part"), self.entries[number].size
-        return size - min(part.stat().st_size if part.exists() else 0, size)
+        size = self.entries[number].size
+        return size - min(size_of(beside(self.path(number), PART)), size)
 
     def local(self, number: int) -> Path:
         """The file on this machine, downloaded now if need be; the one after it begins to come.
@@ -208,8 +220,8 @@ class Files:
         needed = {self.path(n) for n in {*self._given, *self._coming}}
         for path in {self.path(n) for n in done} - needed:
             if path.is_relative_to(self.passing):
-                for suffix in ("", ".part", ".lock"):
-                    _beside(path, suffix).unlink(missing_ok=True)
+                for suffix in ("", PART, LOCK):
+                    beside(path, suffix).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
         if len(self._given) == 1:
@@ -421,8 +433,7 @@ class _Hub:
 
     def _json(self, url: str, *, of: type = dict, attempts: int = ATTEMPTS) -> tuple[Any, Message]:
         assert self.client is not None
-        patient = self.client if attempts == ATTEMPTS else _less_patient(self.client, attempts)
-        content, headers = patient.get(url)
+        content, headers = dataclasses.replace(self.client, attempts=attempts).get(url)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError):
@@ -469,10 +480,6 @@ class _Hub:
         return DataError(f"{self.endpoint} refuses {self.repo}.", got=got, hint=f"look at {page}")
 
 
-def _less_patient(client: Client, attempts: int) -> Client:
-    return Client(client.refused, client.by_hand, client.token, client.note, client.sleep, attempts)
-
-
 def _entry(listed: Any, url: str) -> tuple[str, int, str]:
     """Path, size and hash of a file in the hub's list."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
@@ -491,10 +498,6 @@ def _entry(listed: Any, url: str) -> tuple[str, int, str]:
 
 def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
 
 
 def _kept(path: Path) -> dict[str, Any]:

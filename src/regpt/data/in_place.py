@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from regpt.config import VAL_FRACTION, Config, TokenizerConfig
-from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, facts_of, open_foreign
+from regpt.data.foreign import ForeignSet, byte_lengths_of, check_ids, open_foreign
 from regpt.data.formats import Found, recognise
 from regpt.data.formats.base import Eot
 from regpt.data.shards import MANIFEST, TOKENIZER, Shards, TokenizerFacts
@@ -39,7 +39,7 @@ def in_place(
                 f"{files[0]} holds no tokens.",
                 hint="write it again, or move it out of the folder to go without",
             )
-    made = _opened(found, config, facts_of(tokenizer), partial(byte_lengths_of, tokenizer))
+    made = _opened(found, config, TokenizerFacts.of(tokenizer), partial(byte_lengths_of, tokenizer))
     if "val" in made.splits and made.split("val").n_tokens < 2:
         raise DataError(f"{made.held_out}: one token is too little to validate on.")
     tokens = ", ".join(f"{made.split(name).n_tokens:,} {name}" for name in made.splits)
@@ -62,7 +62,7 @@ def _facts_at_once(found: Found, config: Config) -> tuple[TokenizerFacts, Callab
         size = SIZES[name]
         return TokenizerFacts(name, "", size, size - 1), lambda: np.zeros(size, np.int64)
     tokenizer = tokenizer_of_files(found, config.tokenizer)
-    return facts_of(tokenizer), partial(byte_lengths_of, tokenizer)
+    return TokenizerFacts.of(tokenizer), partial(byte_lengths_of, tokenizer)
 
 
 def _opened(
@@ -113,7 +113,7 @@ def open_tokens(
         tokenizer = tokenizer or TokenizerConfig.name
         opened = tokenizer_of_files(found, TokenizerConfig(name=tokenizer, files=files))
     sizes = partial(byte_lengths_of, opened)
-    return open_foreign(found, facts_of(opened), sizes, asked=tokenizer, eot=eot), opened
+    return open_foreign(found, TokenizerFacts.of(opened), sizes, asked=tokenizer, eot=eot), opened
 
 
 def tokenizer_of_files(found: Found, asked: TokenizerConfig, kept: Path | None = None) -> Tokenizer:
@@ -156,7 +156,7 @@ def _chars_of(text: Path, found: Found) -> Tokenizer:
     content = text.read_text(encoding="utf-8")  # line ends as Python reads them, like nanoGPT
     tokenizer = train_chars([content])
     first = found.format.open_file(found.of_split("train")[0], tokenizer.vocab_size).ids
-    check_ids(first, 0, facts_of(tokenizer))
+    check_ids(first, 0, TokenizerFacts.of(tokenizer))
     n = min(first.tokens, len(content), CHECKED_CHARACTERS)
     if tokenizer.encode(content[:n]) != mapped(first)[:n].tolist():
         raise DataError(

@@ -31,7 +31,11 @@ SEEN = "seen.sqlite"
 DOWNLOADS = "downloads"
 
 
-def runs(values: NDArray[Any]) -> Iterator[slice]:
+COUNTS = ("parts", "bytes", "max_id", "duplicates", "file", "file_parts")
+"""Of `Progress`, in the journal by these names."""
+
+
+def stretches(values: NDArray[Any]) -> Iterator[slice]:
     """Stretches of equal values, in order."""
     cuts = (np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()
     if len(values):
@@ -69,7 +73,7 @@ class Progress:
             journal = json.loads((work / JOURNAL).read_bytes())
             if journal["request"] != request.facts:
                 return None
-            for name in ("parts", "bytes", "max_id", "duplicates", "file", "file_parts"):
+            for name in COUNTS:
                 setattr(progress, name, int(journal[name]))
             progress.skipped = Counter(journal["skipped"])
             for name, writer in progress.splits.items():
@@ -87,10 +91,7 @@ class Progress:
         splits = {name: writer.note() for name, writer in self.splits.items()}
         sync_folder(self.work / SHARDS)
         self.seen.save(self.parts)
-        counts = {
-            name: getattr(self, name)
-            for name in ("parts", "bytes", "max_id", "duplicates", "file", "file_parts", "skipped")
-        }
+        counts = {name: getattr(self, name) for name in (*COUNTS, "skipped")}
         journal = {"request": self.request.facts, "splits": splits, **counts}
         replace_file(self.work / JOURNAL, json.dumps(journal).encode())
 
@@ -116,13 +117,14 @@ class Progress:
             facts["hash"] <= np.uint64(threshold - 1) if threshold else np.zeros(len(facts), dtype=bool)
         )
         with open(path, "rb") as ids:
-            for run in runs(dropped * 2 + held_out):
-                name = split if split != "hash" else "val" if held_out[run.start] else "train"
-                tokens, writer = facts["tokens"][run], self.splits[name]
-                if dropped[run.start]:
-                    ids.seek(int(tokens.sum()) * writer.itemsize, os.SEEK_CUR)
+            for stretch in stretches(dropped * 2 + held_out):
+                name = split if split != "hash" else "val" if held_out[stretch.start] else "train"
+                some, writer = facts[stretch], self.splits[name]
+                if dropped[stretch.start]:
+                    ids.seek(int(some["tokens"].sum()) * writer.itemsize, os.SEEK_CUR)
                 else:
-                    writer.add(ids, tokens, int(facts["bytes"][run].sum()), whole=part.fragment != "middle")
+                    whole = part.fragment != "middle"
+                    writer.add(ids, some["tokens"], int(some["bytes"].sum()), whole=whole)
         for done in (path, facts_path(path)):
             os.unlink(done)
         self.skipped.update(result.skipped)

@@ -15,23 +15,20 @@ import xxhash
 from numpy.typing import NDArray
 
 from regpt.data.duplicates import Seen
-from regpt.data.journal import SEEN, runs
-from regpt.data.prepare import finished, publish, require_text
+from regpt.data.journal import SEEN, stretches
+from regpt.data.prepare import ProgressFunction, finished, publish, require_text
 from regpt.data.request import Slice
 from regpt.data.shards import TOKENIZER, Manifest, Shards
 from regpt.data.split import Ids
 from regpt.data.stored import StoredIds, document_lengths, shard_files
-from regpt.data.unfinished import SHARDS, clear, require_room, unfinished
+from regpt.data.unfinished import SHARDS, clear, clear_leftovers, require_room, unfinished
 from regpt.data.writer import SplitWriter
 from regpt.errors import DataError
-from regpt.tokenizers import Tokenizer, load_tokenizer
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes of ids done, bytes in all); may raise to stop the work."""
 MOST_NAMED = 8  # missing slices in a message
 
 
-def merge(folders: Sequence[Path], out: Path, *, progress: Progress = lambda *_: None) -> Manifest:
+def merge(folders: Sequence[Path], out: Path, *, progress: ProgressFunction = lambda *_: None) -> Manifest:
     """Join all slices of a request into the folder `out`; nothing if that was done before.
 
     The shards are to the byte those of `prepare` without slices: documents in the source's order, or shuffled; without
@@ -39,6 +36,7 @@ def merge(folders: Sequence[Path], out: Path, *, progress: Progress = lambda *_:
 
     Args:
         folders: of the slices, in any order.
+        progress: called with (bytes of ids done, bytes in all); may raise to stop the work.
 
     Raises:
         DataError: a slice is missing, there twice, damaged, or of another request; or as `prepare`.
@@ -48,6 +46,7 @@ def merge(folders: Sequence[Path], out: Path, *, progress: Progress = lambda *_:
     request = {name: value for name, value in first.request.items() if name != "slice"}
     out = Path(os.path.abspath(out))
     if done := finished(out, request, first.tokenizer.kind):
+        clear_leftovers(out)
         return done
     total = sum(f.bytes for s in slices for f in s.manifest.files)
     copies = 2 if "shuffle_seed" in request else 1
@@ -125,7 +124,7 @@ class _Joined:
             self.skipped.update(s.manifest.skipped)
             if self.dedup:
                 self.duplicates += s.manifest.duplicates or 0
-        self.tokenizer: Tokenizer = load_tokenizer(slices[0].path / TOKENIZER)
+        self.tokenizer = slices[0].load_tokenizer()
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """All splits, `progress` hearing the bytes copied."""
@@ -140,9 +139,9 @@ class _Joined:
                     dropped = (
                         self._dropped(ahead, lengths) if looked_at else np.zeros(len(lengths), dtype=bool)
                     )
-                    for run in runs(dropped):
-                        sizes = lengths[run]
-                        if dropped[run.start]:
+                    for stretch in stretches(dropped):
+                        sizes = lengths[stretch]
+                        if dropped[stretch.start]:
                             source_bytes -= sum(
                                 self._text_bytes(ids, size, writer.itemsize) for size in sizes.tolist()
                             )

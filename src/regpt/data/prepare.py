@@ -43,7 +43,7 @@ from regpt.data.shards import (
     dtype_for,
 )
 from regpt.data.shuffle import shuffle
-from regpt.data.sources import PART_BYTES, Source, missing_on
+from regpt.data.sources import PART_BYTES, Source, missing_on, reasons
 from regpt.data.stored import shard_files
 from regpt.data.unfinished import (
     SHARDS,
@@ -113,6 +113,7 @@ def prepare(
         source, None if val_source else val_fraction, val_source, tokenizer, shard_tokens, selection
     )
     if done := finished(out, request.facts, tokenizer.kind):
+        clear_leftovers(out)
         return done
     coming = missing_on(out, source, val_source)
     download = f" and the download {megabytes(coming)} more" if coming else ""
@@ -149,7 +150,7 @@ def training_texts(source: Source, val_fraction: float, min_chars: int = 0) -> I
         work = Path(folder)
         threshold = threshold_of(source, val_fraction, work, min_chars)
         parts = (part for name, part in split_parts(source, val_fraction, work) if name != "val")
-        for document in read(source, (dataclasses.replace(part, min_chars=min_chars) for part in parts)):
+        for document in read(source, parts, min_chars):
             hashed = document_hash(document)
             if hashed is not None and hashed >= threshold:
                 yield from document()
@@ -173,7 +174,6 @@ def finished(out: Path, facts: Mapping[str, Any], kind: str) -> Manifest | None:
             raise DataError(f"{out} is not empty and not a folder of token shards.", hint="another --out")
         return None
     manifest = Shards.open(out).manifest
-    clear_leftovers(out)
     changed = sorted(k for k in {*facts, *manifest.request} if manifest.request.get(k) != facts.get(k))
     if changed:
         raise DataError(
@@ -218,10 +218,10 @@ def estimated_seconds(request: Request, workers: int) -> float | None:
         for piece in itertools.chain.from_iterable(d() for d in documents):
             begun = time.perf_counter()
             request.tokenizer.encode_array(piece)
+            ended, n = time.perf_counter(), len(piece.encode())
             if passed > UNTIMED_BYTES:
-                took += time.perf_counter() - begun
-                size += len(piece.encode())
-            passed += len(piece.encode())
+                took, size = took + ended - begun, size + n
+            passed += n
             if size > SAMPLE_BYTES:
                 break
     return took / size * request.source_bytes / workers if size else None
@@ -313,11 +313,10 @@ def _finish(request: Request, done: Progress, out: Path) -> Manifest:
     if not request.selection.slice:
         specs = {"train": request.source.spec, "val": (request.val_source or request.source).spec}
         require_text({n: done.splits[n] for n in wanted}, specs, skipped)
-    t = request.tokenizer
     manifest = Manifest(
-        tokenizer=TokenizerFacts(t.kind, t.fingerprint, t.vocab_size, t.eot_id),
+        tokenizer=TokenizerFacts.of(request.tokenizer),
         max_id=done.max_id,
-        dtype=dtype_for(t.vocab_size).name,
+        dtype=dtype_for(request.tokenizer.vocab_size).name,
         source=_facts(request.source),
         val_source=_facts(request.val_source) if request.val_source else None,
         request=request.facts,
@@ -384,10 +383,9 @@ def require_text(
     """
     for name, writer in splits.items():
         if not writer.total.documents:
-            left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
             raise DataError(
                 f"{specs[name]}: there is no text for the {name} split.",
-                got=f"skipped: {left_out or 'nothing'}",
+                got=f"skipped: {reasons(skipped) or 'nothing'}",
             )
 
 

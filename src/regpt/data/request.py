@@ -153,7 +153,7 @@ class Request:
             of_its_own = (("val", dataclasses.replace(p, file=p.file + n_files)) for _, p in later)
             found = itertools.chain(found, of_its_own)
         least = self.selection.min_chars
-        return ((name, dataclasses.replace(p, min_chars=least) if least else p) for name, p in found)
+        return ((name, dataclasses.replace(p, min_chars=least)) for name, p in found)
 
 
 def split_parts(
@@ -173,10 +173,10 @@ def split_parts(
         at += part.stored_bytes
 
 
-def read(source: Source, parts: Iterable[Part]) -> Iterator[Document]:
-    """Documents of parts of `source`, read here, in this process."""
+def read(source: Source, parts: Iterable[Part], min_chars: int = 0) -> Iterator[Document]:
+    """Documents of parts of `source` that have so many characters, read here, in this process."""
     for part in parts:
-        yield from documents(part, Counter(), source.ranged(part))
+        yield from documents(dataclasses.replace(part, min_chars=min_chars), Counter(), source.ranged(part))
         part.delete_if_temporary()
 
 
@@ -244,5 +244,4 @@ def _share(source: Source, hashed: int, work: Path, min_chars: int) -> float:
 def _documents(source: Source, work: Path, min_chars: int) -> Iterator[Document]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         source = source.to_look_into
-        parts = source.parts(Path(folder))
-        yield from read(source, (dataclasses.replace(p, min_chars=min_chars) for p in parts))
+        yield from read(source, source.parts(Path(folder)), min_chars)

@@ -51,6 +51,11 @@ class TokenizerFacts:
     vocab_size: int
     eot_id: int
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
+        """What tokens keep of their tokenizer."""
+        return cls(tokenizer.kind, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eot_id)
+
 
 @dataclass(frozen=True)
 class SourceFacts:

@@ -48,16 +48,13 @@ from regpt.data.hub import PREFIX, Files, Spec, find
 from regpt.data.named import NAMED_SETS, ROWS_ARE_LINES, NamedSet
 from regpt.data.ranged import RangedFile
 from regpt.errors import ConfigError, DataError, did_you_mean, missing_package
-from regpt.paths import user_path
+from regpt.paths import nearest_existing, user_path
 from regpt.tokenizers.download import cache_folder, fetch
 
-PART_BYTES = (
-    4 << 20
-)  # a fifth of a second of tokenising: small enough to share out, much more than its overhead
+# A fifth of a second of tokenising: small enough to share out, much more than its overhead.
+PART_BYTES = 4 << 20
 STREAM_BYTES = 8 << 20  # asked for at once of a file that is read from its server from the beginning on
-CONTENT_BYTES = (
-    256 << 20
-)  # larger sources are known by sizes and times of change, smaller ones by their content
+CONTENT_BYTES = 256 << 20  # larger sources are known by sizes and times, smaller ones by their content
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -74,9 +71,8 @@ NOT_LIBRARY = {
 }
 
 PACKINGS = (".gz", ".xz", ".zst")
-ZSTANDARD_BYTES = (
-    1 << 10
-)  # unpacked together: the library gives all at once, and four bytes may stand for 128 KiB
+# Unpacked together: the library gives all at once, and four bytes may stand for 128 KiB.
+ZSTANDARD_BYTES = 1 << 10
 # How much larger text is than its file: a rough figure for the estimate of disk, from English text.
 UNPACKED_RATIO = {"": 1, ".gz": 3, ".xz": 4, ".zst": 3, ".parquet": 2}
 
@@ -327,9 +323,7 @@ class Source:
                         block = carried or read_block(stream, f.path)
                         carried, ended = b"", not block
                         if offset + size == 0 and f.form == "text" and b"\0" in block[:HEAD_BYTES]:
-                            ended = (
-                                True  # binary: who reads this piece says so, and the rest is not looked at
-                            )
+                            ended = True  # binary: who reads this piece says so; the rest is left
                         if size + len(block) >= PART_BYTES:
                             found = (edge + block).rfind(delimiter)
                             cut = found + len(delimiter) - len(edge) if found >= 0 else -1
@@ -449,7 +443,7 @@ def open_source(
             hint="--data.source FILE (of `regpt prepare`: the first argument)",
         )
     if not files:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
+        left_out = reasons(skipped)
         got = f"nothing but what is left out: {left_out}" if left_out else None
         raise DataError(
             f"{spec}: no text file found.", got=got, hint="a folder or glob that holds text, JSONL or parquet"
@@ -571,6 +565,11 @@ def open_sources(
     return source, None, VAL_FRACTION if d.val_fraction is None else d.val_fraction
 
 
+def reasons(skipped: Mapping[str, int]) -> str:
+    """What was left out, for a message: 3 binary, 1 empty."""
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n)
+
+
 def _named(spec: str) -> NamedSet | None:
     """The named set that `spec` is, unless a file is called so."""
     return None if user_path(spec).exists() else NAMED_SETS.get(spec)
@@ -583,7 +582,7 @@ def missing_on(disk: Path, *sources: Source | None) -> int:
 
 
 def _disk(folder: Path) -> int:
-    return next(p for p in (folder, *folder.absolute().parents) if p.exists()).stat().st_dev
+    return nearest_existing(folder).stat().st_dev
 
 
 def _from_hub(asked: str, spec: str, text_field: str, split: str, network: bool, note: Note) -> Source:

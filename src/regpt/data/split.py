@@ -144,19 +144,20 @@ class TokenSplit:
         ats = starts - self._starts[places]
         inside = bool((starts + length <= self._starts[places + 1]).all())  # no window ends in another file
         if inside and CAN_READ_AT and self._one_type:
-            return self._rows_read(places.tolist(), ats.tolist(), length)
+            return self._rows_read(places, ats, length)
         out = np.empty((len(starts), length), dtype=self._dtype)
         for row, start in zip(out, starts.tolist(), strict=True):
             self._fill(row, start)
         return out
 
-    def _rows_read(self, places: list[int], ats: list[int], length: int) -> NDArray[Any]:
+    def _rows_read(self, places: Ids, ats: Ids, length: int) -> NDArray[Any]:
         """Windows that lie each in one file. Read, not mapped: a page's first touch costs more than to copy a row of it,
         and a file that was cut off in the meantime is an error, not a fault of the machine."""
         size = self._dtype.itemsize
         descriptors, width = self._descriptors, length * size
-        offsets = (np.array(ats) * size + self._offsets[places]).tolist()
-        data = b"".join([os.pread(descriptors[p], width, at) for p, at in zip(places, offsets, strict=True)])
+        offsets = (self._offsets[places] + ats * size).tolist()
+        at = zip(places.tolist(), offsets, strict=True)
+        data = b"".join([os.pread(descriptors[place], width, offset) for place, offset in at])
         if len(data) != width * len(places):
             raise DataError(
                 f"{self.files[0].path.parent}: a file of the {self.name} split has become shorter."

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from regpt.data.documents import Document, Part, documents
+from regpt.data.request import check_single_text, split_parts
 from regpt.data.sources import Source
 from regpt.data.split import Ids
 from regpt.data.workers import document_hash
@@ -295,7 +296,7 @@ class _Dealer:
             for number, document in enumerate(documents(part, Counter(), self.source.ranged(part))):
                 place = Place(at.epoch, at.part, number)
                 first = start.piece if place == Place(start.epoch, start.part, start.document) else 0
-                if place < Place(start.epoch, start.part, start.document) or _is_skipped(document, part):
+                if place < Place(start.epoch, start.part, start.document) or is_skipped(document, part):
                     continue
                 for piece, ids in tokenized(document, part, tokenizer, first):
                     last_text = at.epoch
@@ -342,17 +343,11 @@ def source_parts(source: Source, work: Path, first_file: int = 0) -> Iterator[Pa
     Raises:
         DataError: such a text is not UTF-8.
     """
-    if not source.single_text:
-        yield from source.parts(work, first_file=first_file)
-        return
-    scan = source.scan
-    assert scan is not None
-    if scan.invalid_at is not None:
-        raise DataError(f"{source.files[0].path} is not valid UTF-8 at byte {scan.invalid_at}.")
-    yield from (part for _, part in source.text_parts(work, scan.chars))
+    check_single_text(source, None)
+    yield from (part for _, part in split_parts(source, None, work, first_file=first_file))
 
 
-def _is_skipped(document: Document, part: Part) -> bool:
+def is_skipped(document: Document, part: Part) -> bool:
     """Whether preparation would leave the document out too: it is blank or not UTF-8."""
     return part.fragment is None and document_hash(document) is None
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from regpt.errors import DataError
+from regpt.paths import nearest_existing
 from regpt.train.durable import lock_file, make_folder, sync_folder
 
 JOURNAL = "journal.json"
@@ -32,6 +33,14 @@ def megabytes(n: float) -> str:
     return f"{n / 1e9:,.0f} GB" if n >= 1e10 else f"{n / 1e6:,.0f} MB" if n >= 1e7 else f"{n / 1e6:,.2f} MB"
 
 
+def require_writable(out: Path) -> Path:
+    """The folder that `out` is made in, or the nearest above it that is there. Raises DataError where nobody may write."""
+    folder = nearest_existing(out)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
+    return folder
+
+
 def require_room(out: Path, needed: int, what: str) -> None:
     """Refuse, before any work, what cannot be written or cannot fit.
 
@@ -40,10 +49,7 @@ def require_room(out: Path, needed: int, what: str) -> None:
         what: what takes them, for the message.
     """
     needed -= sum(p.stat().st_size for p in (work_folder(out) / SHARDS).glob("*.*"))
-    folder = next(p for p in (out, *out.parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"{out} cannot be made: {folder} is not a folder to write in.", hint="another --out")
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(require_writable(out)).free
     if needed > free:
         raise DataError(
             f"disk full: {out} needs about {megabytes(needed)} for {what}.",

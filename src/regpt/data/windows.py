@@ -19,11 +19,10 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from regpt.data.documents import DELIMITERS, Document, Part, documents
+from regpt.data.documents import Document, Part, documents, records
 from regpt.data.sources import Source
 from regpt.data.split import Ids
-from regpt.data.streaming import Row, source_parts, tokenized
-from regpt.data.workers import document_hash
+from regpt.data.streaming import Row, is_skipped, source_parts, tokenized
 from regpt.errors import ConfigError, DataError
 from regpt.tokenizers import Tokenizer
 from regpt.tokenizers.download import cache_folder
@@ -214,12 +213,12 @@ def _located(part: Part) -> Iterator[tuple[int, Document]]:
     """The part's documents that preparation would keep, and where they stand."""
     if not _by_bytes(part):
         for number, document in enumerate(documents(part, Counter())):
-            if part.fragment is not None or document_hash(document) is not None:
+            if not is_skipped(document, part):
                 yield number, document
         return
     for begin in _record_starts(part):
         for document in documents(dataclasses.replace(part, start=begin, end=begin + 1), Counter()):
-            if document_hash(document) is not None:
+            if not is_skipped(document, part):
                 yield begin, document
 
 
@@ -227,13 +226,5 @@ def _record_starts(part: Part) -> Iterator[int]:
     """Where records begin in the part: at the file's first byte and behind every delimiter."""
     if part.end <= part.start:
         return
-    delimiter = DELIMITERS[part.form]
     with open(part.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        begin = 0
-        if part.start:
-            found = data.find(delimiter, max(part.start - len(delimiter), 0), part.end)
-            begin = found + len(delimiter) if found >= 0 else part.end
-        while begin < part.end:
-            yield begin
-            found = data.find(delimiter, begin)
-            begin = found + len(delimiter) if found >= 0 else part.end
+        yield from (begin for begin, _ in records(data, part))

@@ -55,12 +55,14 @@ def vocabulary(merges: Iterable[Merge]) -> dict[str, int]:
 
 def splitting(pattern: str) -> dict[str, Any]:
     """tokenizer.json's `pre_tokenizer`."""
-    by_name = PATTERNS[pattern].json is None
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": by_name}
-    return level if by_name else _split(str(PATTERNS[pattern].json), level)
+    return _split(PATTERNS[pattern].json)
 
 
-def _split(regex: str, level: dict[str, Any]) -> dict[str, Any]:
+def _split(regex: str | None) -> dict[str, Any]:
+    """By a regular expression; None: as the format's own byte level does."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex is None}
+    if regex is None:
+        return level
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, level]}
 
@@ -97,9 +99,7 @@ def tokenizer_json(
 
 def gigatoken_json(merges: Sequence[Merge], pattern: str) -> bytes:
     """tokenizer.json for gigatoken, which knows splits by their exact spelling; without special tokens."""
-    spelled = PATTERNS[pattern].gigatoken
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return tokenizer_json(merges, {}, splitting(pattern) if spelled is None else _split(spelled, level))
+    return tokenizer_json(merges, {}, _split(PATTERNS[pattern].gigatoken or PATTERNS[pattern].json))
 
 
 def transformers_config(special_tokens: Sequence[str]) -> bytes:

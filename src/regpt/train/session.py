@@ -28,7 +28,7 @@ from regpt.errors import (
     TrainingDiverged,
 )
 from regpt.models import build_model
-from regpt.paths import user_path
+from regpt.paths import nearest_existing, user_path
 from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
 from regpt.train import checkpoint
 from regpt.train.allocator import keep_memory
@@ -371,7 +371,7 @@ def _check_place(run: RunDirectory) -> None:
     if run.path.exists():
         RunDirectory.open(run.path).close()
         return
-    parent = next(p for p in run.path.absolute().parents if p.exists())
+    parent = nearest_existing(run.path)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
             f"the run directory {run.path} cannot be made: {parent} is not a folder to write in."
