@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow soak lint types docs bench clean
+.PHONY: help setup browser demo test test-slow soak lint types docs bench clean
 help:
 	@echo "make demo       set up, train the demo model (about two minutes), print generated text"
 	@echo "make test       set up, run the tests          make test-slow   the long ones"
 	@echo "make soak HOURS=6  runs under every fault at once"
 	@echo "make lint types  ruff; mypy --strict           make docs        regenerate docs/cli.md"
+	@echo "make browser    install Chromium, for the tests of pages (Debian and Ubuntu, as root)"
 	@echo "make bench NANOGPT=clone TEXT=tinyshakespeare.txt   a table against nanoGPT"
 	@echo "make clean       remove what setup and tests made"
 
@@ -22,10 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
+# Tests of pages need a Chromium. Where root can install one (CI, containers) the tests do; elsewhere they skip and say so.
+HAS_BROWSER = command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null
+
+browser:
+	@$(HAS_BROWSER) || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+
 demo: setup
 	@$(BIN)/regpt train demo
 
 test: setup
+	@$(HAS_BROWSER) || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && $(MAKE) -s browser; } || echo "no Chromium: tests of pages will skip (make browser installs one)"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup
