@@ -1,11 +1,13 @@
 """Training steps of peers and of regpt, in turn, in one run: time, tokens, share of the machine, memory.
 
     python benchmarks/train_peers.py --shape 4x128 --nanogpt CLONE [--rounds 3] [--dtypes float32,bfloat16] [--compile]
-        [--dropout P] [--steps N] [--threads N] [--path DIR …] [--peers regpt,nanogpt,transformers,litgpt] [--json FILE]
+        [--rows N] [--micro-batches N] [--dropout P] [--steps N] [--threads N] [--path DIR …]
+        [--peers regpt,nanogpt,transformers,litgpt] [--json FILE]
 
 Each figure is of a process of its own; processes follow one another in turn, as often as --rounds says, and medians are shown.
 All train the same shape on batches of the same size, cut from the same random ids, with weights in float32 and products in
-the dtype named (autocast for bfloat16): forward, backward, gradient norm clipped at 1, AdamW. Three steps warm up; then as many
+the dtype named (autocast for bfloat16): forward and backward passes of each micro-batch, gradient norm clipped at 1, AdamW.
+Three steps warm up; then as many
 are timed as --steps says, or as take ten seconds (at least five).
 
 regpt         `regpt bench train`, model.arch=gpt2, without biases
@@ -55,6 +57,13 @@ class Shape:
     tokenizer: str
     """What regpt calls a tokenizer of so many entries."""
     dropout: float = 0.0
+    micro_batches: int = 1
+    """Of `rows` each, whose gradients one step adds up."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Of one step."""
+        return self.rows * self.micro_batches * self.block_size
 
     @property
     def flops_per_token(self) -> int:
@@ -149,10 +158,12 @@ def nanogpt(job: Job, device: str) -> list[float]:
 
     def step() -> float:
         nonlocal x, y
-        with ctx:
-            _, loss = compute(x, y)
-        x, y = get_batch()
-        loss.backward()
+        for _ in range(s.micro_batches):
+            with ctx:
+                _, loss = compute(x, y)
+                loss = loss / s.micro_batches
+            x, y = get_batch()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -190,10 +201,11 @@ def litgpt(job: Job, device: str) -> list[float]:
     ctx, get_batch = autocast(device, job.dtype), batches(s, device)
 
     def step() -> float:
-        x, y = get_batch()
-        with ctx:
-            loss = chunked_cross_entropy(compute(x), y)
-        loss.backward()
+        for _ in range(s.micro_batches):
+            x, y = get_batch()
+            with ctx:
+                loss = chunked_cross_entropy(compute(x), y) / s.micro_batches
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -240,6 +252,7 @@ def transformers(job: Job, device: str) -> list[float]:
             output_dir=folder,
             max_steps=1_000_000,
             per_device_train_batch_size=s.rows,
+            gradient_accumulation_steps=s.micro_batches,
             learning_rate=LR,
             weight_decay=DECAY,
             adam_beta2=BETAS[1],
@@ -292,7 +305,7 @@ def ours(job: Job) -> list[str]:
         "model.block-size": s.block_size,
         "model.dropout": s.dropout,
         "tokenizer.name": s.tokenizer,
-        "train.batch-tokens": s.rows * s.block_size,
+        "train.batch-tokens": s.batch_tokens,
         "train.micro-rows": s.rows,
         "train.dtype": job.dtype,
         "train.compile": "on" if job.compiled else "off",
@@ -325,7 +338,7 @@ def run(job: Job, env: dict[str, str], folder: str) -> dict[str, Any]:
 
 def table(shape: Shape, jobs: Sequence[Job], rows: dict[str, list[dict[str, Any]]]) -> str:
     """Medians over the rounds; ratios are of a round's own pair."""
-    tokens = shape.rows * shape.block_size
+    tokens = shape.batch_tokens
     ceilings: dict[str, float] = {}
     of_ours: dict[str, list[float]] = {}
     for job in (j for j in jobs if j.peer == "regpt" and rows.get(j.name)):
@@ -363,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", default=",".join(["regpt", *PEERS]))
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--compile", action="store_true", help="each also compiled")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, help="of one step")
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
@@ -374,8 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.child:
         return child(args.child)
     shape = SHAPES[args.shape]
-    if args.dropout is not None:
-        shape = dataclasses.replace(shape, dropout=args.dropout)
+    given = {name: getattr(args, name) for name in ("rows", "micro_batches", "dropout")}
+    shape = dataclasses.replace(shape, **{name: value for name, value in given.items() if value is not None})
     names = args.peers.split(",")
     if unknown := set(names) - {"regpt", *PEERS}:
         parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are regpt, {', '.join(PEERS)}")

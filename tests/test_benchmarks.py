@@ -120,14 +120,14 @@ def test_our_row_among_peers(
         "--steps",
         "2",
     ]
-    train_peers.main([*words, "--threads", "1", "--json", str(file)])
+    train_peers.main([*words, "--threads", "1", "--micro-batches", "2", "--json", str(file)])
     out = capsys.readouterr().out
     assert "nanogpt left out: --nanogpt names no checkout" in out
     row = next(line for line in out.splitlines() if line.startswith("| regpt float32 |"))
     assert row.endswith("| 1.00 |") and "MiB" in row
     found = json.loads(file.read_text())["rows"]["regpt float32"][0]
     shape = train_peers.SHAPES["tiny"]
-    assert (found["plan"]["batch_rows"], found["plan"]["n_micro"], found["steps"]) == (shape.rows, 1, 2)
+    assert (found["plan"]["batch_rows"], found["plan"]["n_micro"], found["steps"]) == (2 * shape.rows, 2, 2)
     assert found["plan"]["dtype"] == "float32" and found["machine"]["threads"] == 1
 
 
