@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,17 @@ class Scored:
     """Of the continuation."""
     greedy: bool
     """Whether the model holds every token of it for the likeliest."""
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `score`, for those who pass them on."""
+
+    device: str
+    autocast: Autocast
+    batch_tokens: int | None
+    between: Callable[[], None]
+    progress: Callable[[int, int], None]
+    ranks: Ranks | None
 
 
 @dataclass(frozen=True)
@@ -234,17 +245,17 @@ def _score_batch(
         counted = [range(len(t) - row.targets, len(t)) for t, row in zip(tails, part, strict=True)]
         at = torch.tensor([n * ids.shape[1] + p for n, ps in enumerate(counted) for p in ps], device=device)
         targets = torch.tensor([i for row in part for i in row.ids[-row.targets :]], device=device)
-        nats, best = _of_targets(model, hidden.flatten(0, 1)[at], targets)
+        nats, best = of_targets(model, hidden.flatten(0, 1)[at], targets)
         sizes = [row.targets for row in part]
-        for row, own, likeliest in zip(part, nats.split(sizes), best.split(sizes), strict=True):
+        for row, own, likeliest in zip(part, torch.split(nats, sizes), torch.split(best, sizes), strict=True):
             logprobs[row.place], greedy[row.place] = own.sum(), likeliest.all()
 
 
-def _of_targets(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def of_targets(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (N, C), targets (N,) -> their log-probabilities (N,) float64, and whether each is the likeliest (N,) bool."""
     nats, best = [], []
     rows = chunk_rows(len(targets), model.padded_vocab_size)
-    for x, y in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for x, y in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         logits = model.head(x)[:, : model.vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aimed = logits.gather(1, y.unsqueeze(1))  # (rows, 1)
