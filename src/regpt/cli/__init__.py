@@ -17,6 +17,7 @@ from regpt.errors import PeerFailed, RegptError, UsageError, did_you_mean
 
 COMMANDS = {
     "train": "train a model (no preset: demo): prepare if needed, train, evaluate, sample",
+    "reproduce": "run a preset's whole recipe, and set its figures beside the published ones",
     "sample": "generate text from a run",
     "prepare": "turn text into token shards",
     "merge": "join slices that many machines prepared",

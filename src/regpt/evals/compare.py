@@ -165,7 +165,11 @@ def beside(ours: Mapping[str, Values], run: Run, *, every: bool = False) -> list
         if p.figure in values and (every or p.model == near) and (task != LOSS or p.corpus == run.corpus)
     ]
     if not every:
-        chosen = list({(p.task, p.figure): p for p in sorted(chosen, key=lambda p: bool(p.caveat), reverse=True)}.values())
+        chosen = list(
+            {
+                (p.task, p.figure): p for p in sorted(chosen, key=lambda p: bool(p.caveat), reverse=True)
+            }.values()
+        )
     return compare(chosen, ours, run, {})
 
 
@@ -212,7 +216,8 @@ def verdicts(found: Iterable[Comparison]) -> list[list[str]]:
     return [
         [
             f"{c.published.model}: {c.published.task} {c.published.figure}",
-            written(c.published.figure, c.published.value) + ("" if c.published.trusted else f" ({c.published.standing})"),
+            written(c.published.figure, c.published.value)
+            + ("" if c.published.trusted else f" ({c.published.standing})"),
             "not evaluated" if c.ours is None else written(c.published.figure, c.ours, c.stderr),
             "" if c.difference is None else f"{c.difference:+.4f}",
             _verdict(c),
@@ -225,38 +230,59 @@ def _verdict(c: Comparison) -> str:
     if c.difference is None:
         return ""
     if c.within_noise is None:
-        return "not to be compared" if not c.published.trusted else "not known"
+        return "not comparable" if not c.published.trusted else "not known"
     if c.within_noise:
-        return f"yes, of ±{c.margin:.4f}"
-    return f"no, {'better' if c.better else 'worse'} by more than {c.margin:.4f}"
+        return f"yes (±{c.margin:.4f})"
+    return f"no: {'better' if c.better else 'worse'} (±{c.margin:.4f})"
 
 
 def table(found: Iterable[Comparison]) -> str:
-    """For a terminal, reasons below."""
+    """For a terminal, reasons below: what holds for all of them once."""
     found = list(found)
+    shared = _shared(found)
     lines = [aligned([HEAD, *verdicts(found)])]
+    if shared:
+        lines += ["why, for all of them", *(f"  {reason}" for reason in shared)]
     for c in found:
-        if c.why:
-            lines.append(f"{c.published.model}: {c.published.task} {c.published.figure} {written(c.published.figure, c.published.value)}")
-            lines += [f"  {reason}" for reason in c.why]
+        if own := [reason for reason in c.why if reason not in shared]:
+            lines += [f"why, {_name(c)}", *(f"  {reason}" for reason in own)]
     return "\n".join(lines)
 
 
 def markdown(title: str, found: Iterable[Comparison]) -> str:
-    """For a page: the table, then reasons and sources."""
+    """For a page: the table, then sources and reasons, those that hold for all of them first."""
     found = list(found)
+    shared = _shared(found)
     rows = [HEAD, ["---"] * len(HEAD), *verdicts(found)]
-    lines = [f"# {title}", "", *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows), ""]
+    lines = [f"# {title}", "", *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows), ""]
+    if shared:
+        lines += ["Why they differ, for all of them:", "", *(f"- {reason}" for reason in shared), ""]
     for c in found:
         p = c.published
-        lines.append(f"- **{p.model}: {p.task} {p.figure} {written(p.figure, p.value)}** ({p.data}; {p.method}; {p.source})")
-        lines += [f"  - {reason}" for reason in c.why]
+        lines.append(f"- **{_name(c)}** ({p.data}; {p.method}; {p.source})")
+        lines += [f"  - {reason}" for reason in c.why if reason not in shared]
     return "\n".join(lines) + "\n"
+
+
+def _shared(found: list[Comparison]) -> list[str]:
+    """Reasons that every one of several comparisons has."""
+    if len(found) < 2:
+        return []
+    return [reason for reason in found[0].why if all(reason in c.why for c in found)]
+
+
+def _name(c: Comparison) -> str:
+    p = c.published
+    return f"{p.model}: {p.task} {p.figure} {written(p.figure, p.value)}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def written(figure: str, value: float, stderr: float | None = None) -> str:
     """A figure for a person: shares and losses with four places, perplexities with two."""
-    places = 2 if figure.endswith("perplexity") or figure.endswith("strided") else 4
+    places = 2 if figure.endswith(("perplexity", "strided")) else 4
     return f"{value:.{places}f}" + (f" ± {stderr:.{places}f}" if stderr is not None else "")
 
 
@@ -265,6 +291,9 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
