@@ -6,6 +6,7 @@ import dataclasses
 import math
 import tomllib
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,12 @@ def test_an_unknown_key_in_the_file_is_named() -> None:
     document["figures"][0]["vlaue"] = 1
     with pytest.raises(ConfigError, match=r"published.toml: there is no setting vlaue. Did you mean value\?"):
         list(read(document))
+
+
+def test_the_page_of_figures_is_current() -> None:
+    """docs/reproduction.md is what `make docs` writes."""
+    from regpt.cli.reproduction import page
+
+    assert page() == (Path(__file__).parents[2] / "docs/reproduction.md").read_text(encoding="utf-8"), (
+        "run `make docs`"
+    )
