@@ -138,6 +138,11 @@ def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
     every = beside(ours, Run(parameters=GPT2_124M, corpus="openwebtext"), every=True)
     assert {0.3256, 0.4599} <= {c.published.value for c in every if c.published.model == "GPT-2 124M"}
     assert len(sources(every)) == len(every) > 20
+    small = beside({"loss": {"nats": 2.0}}, Run(parameters=804_224, corpus="shakespeare"))
+    assert [(c.published.model, c.published.value) for c in small] == [
+        ("nanoGPT shakespeare-char, CPU", 1.8983),
+        ("regpt shakespeare-char-cpu", 1.9036),
+    ]
     elsewhere = beside(ours, Run(parameters=GPT2_124M, corpus="my.txt"), every=True)
     assert not [c for c in elsewhere if c.published.task == "loss"], "the loss of another text says nothing"
 

@@ -13,6 +13,7 @@ import pytest
 from regpt.config import load_preset, preset_names
 from regpt.data.named import NAMED_SETS
 from regpt.errors import ConfigError
+from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.published import (
     GPT2,
     LOWER_IS_BETTER,
@@ -26,7 +27,7 @@ from regpt.evals.published import (
 )
 from regpt.models.count import count_parameters
 
-TASKS = {"loss", "wikitext", "lambada", "hellaswag", "arc_easy", "piqa"}
+TASKS = {LOSS, *TASK_NAMES}
 
 
 @pytest.mark.parametrize("figure", figures(), ids=lambda f: f"{f.model} {f.task} {f.figure} {f.value}")

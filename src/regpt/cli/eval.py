@@ -13,13 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.cli.beside import (
+    BesideArgs,
+    corpus_of,
+    harness_table,
+    open_harness,
+    published_beside,
+    run_harness,
+)
+from regpt.cli.parse import Output, duration, parse
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.paths import user_path
 
 if TYPE_CHECKING:
+    from regpt.adapters.lm_eval import HarnessTasks
     from regpt.data.split import TokenSet, TokenSplit
+    from regpt.evals.compare import Values
     from regpt.evals.figures import Figure, TaskResult
     from regpt.evals.task import Parts, Task
     from regpt.train.dist import Ranks
@@ -28,13 +38,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(CommonArgs):
+class Args(BesideArgs):
     """Arguments of `regpt eval RUN`."""
 
     run: tyro.conf.Positional[str]
     """A run directory, or one of its checkpoints."""
-    tasks: str = LOSS
-    """What to measure, with commas between: loss, wikitext, lambada, hellaswag, arc_easy, piqa."""
+    tasks: str | None = None
+    """With commas between: loss, wikitext, lambada, hellaswag, arc_easy, piqa. None: loss, or with --harness none of them."""
     data: str | None = None
     """The tasks' file, or a folder with theirs (docs/evaluation.md). None: downloaded once into regpt's cache."""
     rows: int | None = None
@@ -74,17 +84,26 @@ def main(argv: list[str]) -> int:
     out = Output(args if main_rank else dataclasses.replace(args, quiet=True))
     machine = probe(args.device, setting="--device")
     with using(machine), joined(machine.kind) as ranks:
+        harness = ranks.together(lambda: open_harness(args, out) if main_rank else None)
         evaluation = ranks.first_on_each_host(lambda: Evaluation(args, names, machine, ranks, out))
         results = evaluation.results()
     if not main_rank:
         return 0
     loaded = evaluation.loaded
-    values = {"run": args.run, "checkpoint": loaded.path.name, "step": loaded.step}
+    values: dict[str, Any] = {"run": args.run, "checkpoint": loaded.path.name, "step": loaded.step}
     values |= {result.task: result.as_dict() | evaluation.about(result.task) for result in results}
+    lines = [line for result in results for line in table(result)]
+    if harness is not None:
+        with using(machine):
+            values["harness"] = evaluation.by_harness(harness)
+        lines.append(harness_table(values["harness"]))
+    ours = {result.task: values[result.task] for result in results}
+    corpus = corpus_of(loaded) if args.split is None else None
+    values["published"], beside = published_beside(args, ours, loaded, corpus)
     if args.out is not None:
         user_path(args.out).write_text(json.dumps(_finite(values), indent=1) + "\n", encoding="utf-8")
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
-    out.result(values, "\n".join(line for result in results for line in table(result)))
+    out.result(values, "\n".join([*lines, *([beside] if beside else [])]))
     return 0
 
 
@@ -94,13 +113,14 @@ def check(args: Args) -> list[str]:
     Raises:
         ConfigError: naming the argument that is not.
     """
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    asked = args.tasks if args.tasks is not None else LOSS if args.harness is None else ""
+    names = [name.strip() for name in asked.split(",") if name.strip()]
     for name in names:
         if name not in (known := (LOSS, *TASK_NAMES)):
             raise ConfigError(
                 f"there is no task {name!r}.{did_you_mean(name, known)}", expected=", ".join(known)
             )
-    if not names:
+    if not names and args.tasks is not None:
         raise ConfigError("--tasks names none.", expected=", ".join((LOSS, *TASK_NAMES)))
     for option, value in (("--rows", args.rows), ("--batch-tokens", args.batch_tokens)):
         if value is not None and value < 1:
@@ -148,6 +168,19 @@ class Evaluation:
         if name != LOSS or self.split is None:
             return {}
         return {"split": self.split.name, "context": self.context, "stride": self.stride}
+
+    def by_harness(self, tasks: HarnessTasks) -> dict[str, Values]:
+        """The figures of lm-eval's tasks."""
+        return run_harness(
+            tasks,
+            self.args,
+            self.loaded,
+            self.out,
+            rows=self.args.rows,
+            device=self.machine.device,
+            autocast=self._autocast,
+            batch_tokens=self.args.batch_tokens,
+        )
 
     def _task(self, name: str) -> TaskResult:
         task, parts = self.tasks[name], self.parts[name]

@@ -19,7 +19,8 @@ from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
 from regpt.cli.train import Screen
 from regpt.config import Config, Preset, differences, load_preset
 from regpt.errors import DataError, UsageError
-from regpt.evals.compare import LOSS, Comparison, Run, Values, compare, markdown, table
+from regpt.evals.compare import Comparison, Run, Values, compare, markdown, table
+from regpt.evals.names import LOSS
 from regpt.evals.published import of_preset, tasks_of
 from regpt.paths import user_path
 

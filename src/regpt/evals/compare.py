@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.evals.figures import NORMAL_95
+from regpt.evals.names import LOSS
 from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
 
-LOSS = "loss"
-SAME_SIZE = 0.03  # models whose parameters differ by less are called the same size: padding, biases
+SAME_SIZE = 1.03  # times as large, at most: padding and biases do not make another size
+ALIKE = 2.0  # times as large, at most: what stands beside a run where no GPT-2 was measured on its text
 SAME_TOKENS = 0.02
 Values = Mapping[str, Any]
 """Of one task, as `TaskResult.as_dict` gives them: NAME, NAME_stderr, rows."""
@@ -124,7 +125,7 @@ def _reasons(p: Published, values: Values, run: Run) -> Iterable[str]:
         yield f"{p.standing}: {p.caveat}"
     if p.task == LOSS and run.corpus is not None and p.corpus != run.corpus:
         yield f"other data: theirs is {p.data}, this run's is {run.corpus}"
-    if abs(math.log(run.parameters / p.parameters)) > SAME_SIZE:
+    if _ratio(p, run) > SAME_SIZE:
         yield f"another size: {count(run.parameters)} parameters, theirs {count(p.parameters)}"
     if run.tokens is not None and p.tokens is not None and abs(run.tokens / p.tokens - 1) > SAME_TOKENS:
         word = "fewer" if run.tokens < p.tokens else "more"
@@ -154,23 +155,25 @@ def count(n: int) -> str:
 def beside(ours: Mapping[str, Values], run: Run, *, every: bool = False) -> list[Comparison]:
     """Published figures to set beside those of `regpt eval`: of the GPT-2 nearest in size, or of every model.
 
-    A loss is set beside those of the same text alone. Where one figure was published twice the more comparable one stands
-    for it, unless `every` asks for both.
+    A loss is set beside those of the same text alone; where that GPT-2 has none, beside those of models of about its size.
+    Where one figure was published twice the more comparable one stands for it, unless `every` asks for both.
     """
     near = nearest_gpt2(run.parameters)
-    chosen = [
-        p
-        for task, values in ours.items()
-        for p in figures(task)
-        if p.figure in values and (every or p.model == near) and (task != LOSS or p.corpus == run.corpus)
-    ]
-    if not every:
-        chosen = list(
-            {
-                (p.task, p.figure): p for p in sorted(chosen, key=lambda p: bool(p.caveat), reverse=True)
-            }.values()
-        )
+    chosen = []
+    for task, values in ours.items():
+        found = [p for p in figures(task) if p.figure in values and (task != LOSS or p.corpus == run.corpus)]
+        if not every:
+            of_gpt2 = [p for p in found if p.model == near]
+            alike = [p for p in found if task == LOSS and p.trusted and _ratio(p, run) <= ALIKE]
+            found = sorted(of_gpt2 or alike, key=lambda p: bool(p.caveat), reverse=True)
+            found = list({(p.model, p.figure): p for p in found}.values())
+        chosen += found
     return compare(chosen, ours, run, {})
+
+
+def _ratio(p: Published, run: Run) -> float:
+    """How many times larger the larger of two models is."""
+    return math.exp(abs(math.log(run.parameters / p.parameters)))
 
 
 def columns(ours: Mapping[str, Values], found: Iterable[Comparison]) -> str:

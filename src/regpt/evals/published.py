@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from regpt.config import build
+from regpt.evals.names import LOSS
 
 Standing = Literal["published", "measured", "unsupported", "contaminated"]
 """Published by its authors; measured by us; claimed with nothing behind it; of text that the model had seen."""
@@ -93,7 +94,7 @@ def of_preset(preset: str) -> list[Published]:
 
 def tasks_of(preset: str) -> list[str]:
     """The tasks that a preset has figures for, `loss` first."""
-    return list(dict.fromkeys(["loss", *(f.task for f in of_preset(preset))]))
+    return list(dict.fromkeys([LOSS, *(f.task for f in of_preset(preset))]))
 
 
 def nearest_gpt2(parameters: int) -> str:
