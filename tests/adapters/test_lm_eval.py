@@ -225,7 +225,32 @@ def test_rows_and_examples_are_as_asked(folder: Path) -> None:
     assert few == again
 
 
-def test_a_wrong_name_names_the_nearest(folder: Path) -> None:
+@pytest.fixture
+def own_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own thousands of task files, which take a quarter of a minute to read."""
+    whole = bridge.TaskManager
+
+    def small(include_path: str, include_defaults: bool = False) -> Any:
+        return whole(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(bridge, "TaskManager", small)
+
+
+def test_groups_and_patterns_bring_their_tasks(folder: Path, own_only: None) -> None:
+    group = (
+        "group: zoo\ntask: [animals, words]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "zoo.yaml").write_text(group, encoding="utf-8")
+    for name in ("zoo", "zo*"):
+        tasks = bridge.open_tasks([name], folder)
+        found = bridge.evaluate(tasks, random_model(257), ByteTokenizer(), rows=4)
+        assert set(found) == {"zoo", "animals", "words"}
+        each = (found["animals"]["acc"], found["words"]["acc"])
+        assert found["zoo"]["acc"] == pytest.approx(sum(each) / 2)
+    (folder / "zoo.yaml").unlink()
+
+
+def test_a_wrong_name_names_the_nearest(folder: Path, own_only: None) -> None:
     with pytest.raises(ConfigError, match=r"lm-eval has no task 'animal'. Did you mean animals\?"):
         bridge.open_tasks(["animal"], folder)
 
