@@ -41,6 +41,18 @@ that its model was trained on (*contaminated*), is shown, and never judged by.
 A loss in nats a token compares models on the same text in the same tokens, and nothing else. Of HellaSwag there are three \
 accuracies, which differ by up to two points on the same answers: `acc_norm` divides by characters (lm-eval), `acc_bytes` by \
 bytes, `acc_norm_tokens` by tokens, on the text as it is (build-nanogpt, llm.c).
+
+## Any task of lm-eval
+
+```
+regpt eval runs/mine --harness arc_easy,piqa --num-fewshot 5      # lm-eval's own tasks, their rows from the hub
+regpt eval runs/mine --harness animals --harness-tasks my/tasks   # a task file of one's own, offline
+```
+
+EleutherAI's harness (the extra `eval`) brings tasks, prompts and figures; regpt answers for the model, with the same \
+log-probabilities as the harness's own Hugging Face model of the same weights (to 1e-4), the same accuracies and the same \
+greedy text (`tests/adapters/test_lm_eval.py`). A task file that names its rows by `dataset_path: json` and `dataset_kwargs: \
+{data_files: …}` needs no network. Task files may run code that lies beside them: use those that you trust.
 """
 
 
