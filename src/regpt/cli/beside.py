@@ -142,7 +142,7 @@ def published_beside(
     found = beside(ours, run, every=args.published == "all")
     if not found:
         return [], ""
-    lines = [columns(ours, found)] if args.published == "nearest" else []
+    lines = ["", columns(ours, found)] if args.published == "nearest" else [""]
     lines += ["published:", *(f"  {line}" for line in sources(found))]
     return [c.as_dict() for c in found], "\n".join(lines)
 
