@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,18 @@ TINY = (
         "--train.device",
         "cpu",
     ),
-    *("--train.dtype", "float32", "--sample.tokens", "4", "--data.workers", "1", "--model.n-layer", "1"),
+    *(
+        "--train.dtype",
+        "float32",
+        "--sample.tokens",
+        "4",
+        "--data.workers",
+        "1",
+        "--model.n-layer",
+        "1",
+        "--track.log-every",
+        "1",
+    ),
 )
 SMALL = (
     *TINY,
@@ -99,6 +112,32 @@ def test_the_same_command_again_goes_on(reproduce: Reproduce) -> None:
     assert status == 0 and "continuing r from step 5" in err
     assert "nanoGPT shakespeare-char, CPU: loss nats" in out and "within noise?" in out
     assert "the table lies in r/reproduction.md" in out
+
+
+def test_stopped_in_the_middle_it_ends_with_the_same_figures(
+    reproduce: Reproduce, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regpt.train import session
+
+    expected = json.loads(reproduce("shakespeare-char-cpu", *TINY, "--out", "whole", "--json")[1])
+    train = session.train
+
+    def stopping(*args: Any, listen: Any, **more: Any) -> Any:
+        def hear(event: str, step: int, values: dict[str, Any]) -> None:
+            listen(event, step, values)
+            if (event, step) == ("step", 3):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return train(*args, listen=hear, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "train", stopping)
+        status, out, err = reproduce("shakespeare-char-cpu", *TINY, "--out", "r", "--quiet")
+    assert (status, out) == (130, "") and "the same command continues" in err
+    assert not Path("r/reproduction.json").exists()
+    status, out, err = reproduce("shakespeare-char-cpu", *TINY, "--out", "r", "--json")
+    assert status == 0 and "continuing r from step 3" in err
+    assert json.loads(out)["figures"] == expected["figures"]
 
 
 def test_tasks_without_data_are_skipped_aloud(reproduce: Reproduce, test_data: Path, tmp_path: Path) -> None:
