@@ -9,7 +9,7 @@ help:
 	@echo "make demo       set up, train the demo model (about two minutes), print generated text"
 	@echo "make test       set up, run the tests          make test-slow   the long ones"
 	@echo "make soak HOURS=6  runs under every fault at once"
-	@echo "make lint types  ruff; mypy --strict           make docs        regenerate docs/cli.md"
+	@echo "make lint types  ruff; mypy --strict           make docs        regenerate docs/cli.md, docs/reproduction.md"
 	@echo "make browser    install Chromium, for the tests of pages (Debian and Ubuntu, as root)"
 	@echo "make bench NANOGPT=clone TEXT=tinyshakespeare.txt   a table against nanoGPT"
 	@echo "make clean       remove what setup and tests made"
@@ -50,6 +50,7 @@ types: setup
 
 docs: setup
 	@$(BIN)/python -m regpt.cli.reference > docs/cli.md
+	@$(BIN)/python -m regpt.cli.reproduction > docs/reproduction.md
 
 bench: setup
 	@$(BIN)/python benchmarks/shakespeare_cpu.py --nanogpt "$(NANOGPT)" --text "$(TEXT)"

@@ -47,6 +47,7 @@ OPTIONAL = [
     "lightning",
     "gigatoken",
     "rustbpe",
+    "lm_eval",
 ]
 
 

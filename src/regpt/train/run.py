@@ -30,6 +30,7 @@ FORMAT = 1
 OURS = {  # every name that may stand in a run before run.json does
     *(".lock", "run.json", ".run.json.tmp", "log.jsonl", "samples.jsonl", "tokenizer", "checkpoints"),
     *("tensorboard", "wandb", "wandb-id.txt", "report.html"),
+    *("reproduction.json", "reproduction.md"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Bridges to other libraries: each file the only importer of its own."""

@@ -1,0 +1,161 @@
+"""What stands beside a run's own figures in `regpt eval`: published ones, and those of any task of lm-eval."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from regpt.cli.parse import CommonArgs, Output
+from regpt.errors import ConfigError
+from regpt.evals.compare import Run, Values, aligned, beside, columns, named_figures, sources, written
+from regpt.paths import user_path
+
+if TYPE_CHECKING:
+    from regpt.adapters.lm_eval import HarnessTasks
+    from regpt.train.load import Loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideArgs(CommonArgs):
+    """Arguments of `regpt eval` for what stands beside."""
+
+    published: Literal["nearest", "all", "none"] = "nearest"
+    """Published figures to show: of the GPT-2 nearest in size, of every model with their sources, or none."""
+    harness: str | None = None
+    """Tasks, groups or tags of lm-eval, with commas between: any of them, on this run; --tasks then names none by default."""
+    harness_tasks: str | None = None
+    """A folder with task files for --harness, beside lm-eval's own. They may name local data, and run code beside them."""
+    num_fewshot: int | None = None
+    """Of --harness: solved examples before each question. None: as each task says."""
+
+
+def open_harness(args: BesideArgs, out: Output) -> HarnessTasks | None:
+    """The tasks of --harness with their rows, before any model is loaded; None where it was not asked for.
+
+    Raises:
+        ConfigError: no such task, or an option without --harness.
+        DataError: a task's rows cannot be had.
+        DeviceError: lm-eval is not installed.
+    """
+    if args.harness is None:
+        for option, value in (("--harness-tasks", args.harness_tasks), ("--num-fewshot", args.num_fewshot)):
+            if value is not None:
+                raise ConfigError(f"{option} belongs to --harness, which was not given.", got=value)
+        return None
+    names = list(dict.fromkeys(name.strip() for name in args.harness.split(",") if name.strip()))
+    if not names:
+        raise ConfigError("--harness names no task.", expected="names with commas between: piqa,arc_easy")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ConfigError("--num-fewshot is out of range.", got=args.num_fewshot, expected="0 or more")
+    out.info(f"lm-eval reads its tasks: {', '.join(names)}")
+    from regpt.adapters.lm_eval import open_tasks
+
+    folder = None if args.harness_tasks is None else user_path(args.harness_tasks)
+    return open_tasks(names, folder, say=out.warn)
+
+
+def run_harness(
+    tasks: HarnessTasks,
+    args: BesideArgs,
+    loaded: Loaded,
+    out: Output,
+    *,
+    rows: int | None,
+    device: str,
+    autocast: Callable[[], contextlib.AbstractContextManager[object]],
+    batch_tokens: int | None,
+) -> dict[str, Values]:
+    """The figures of --harness by task, with progress."""
+    from regpt.adapters.lm_eval import evaluate
+
+    with Bars(out) as bars:
+        return dict(
+            evaluate(
+                tasks,
+                loaded.model,
+                loaded.tokenizer,
+                num_fewshot=args.num_fewshot,
+                rows=rows,
+                device=device,
+                autocast=autocast,
+                batch_tokens=batch_tokens,
+                progress=bars.update,
+                say=out.warn,
+            )
+        )
+
+
+class Bars:
+    """A bar for each kind of work that lm-eval asks for, one after another."""
+
+    def __init__(self, out: Output) -> None:
+        self.out, self.doing = out, ""
+        self.stack = contextlib.ExitStack()
+        self.bar: Any = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self.stack.close()
+
+    def update(self, doing: str, done: int, total: int) -> None:
+        """So much of that work is done."""
+        if doing != self.doing:
+            self.stack.close()
+            self.doing = doing
+            self.bar = self.stack.enter_context(self.out.progress(f"lm-eval, {doing}", total, "requests"))
+        self.bar.update(done)
+
+
+def harness_table(found: Mapping[str, Values]) -> str:
+    """A line for every figure."""
+    rows = [["lm-eval", "this run", "rows", "examples"]]
+    for task, values in found.items():
+        for figure in named_figures(values):
+            name, comma, kind = figure.partition(",")
+            stderr = values.get(f"{name}_stderr{comma}{kind}")
+            counts = [str(values.get(key, "")) for key in ("rows", "num_fewshot")]
+            rows.append([f"{task} {figure}", written(figure, values[figure], stderr), *counts])
+    return aligned(rows)
+
+
+def published_beside(
+    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, corpus: str | None
+) -> tuple[list[dict[str, Any]], str]:
+    """Published figures of what was evaluated: for JSON, and as a table with its sources below; empty where there are none.
+
+    Args:
+        corpus: what the loss is of, as data.source names it; None: some other text.
+    """
+    from regpt.models.count import count_parameters
+
+    if args.published == "none":
+        return [], ""
+    run = Run(
+        parameters=count_parameters(loaded.config, loaded.tokenizer.vocab_size).total,
+        corpus=corpus,
+    )
+    found = beside(ours, run, every=args.published == "all")
+    if not found:
+        return [], ""
+    lines = ["", columns(ours, found)] if args.published == "nearest" else [""]
+    lines += ["published:", *(f"  {line}" for line in sources(found))]
+    return [c.as_dict() for c in found], "\n".join(lines)
+
+
+def corpus_of(loaded: Loaded) -> str | None:
+    """The text of a run's own validation split, as data.source named it; None where the run does not say."""
+    from regpt.data.sources import known_text
+    from regpt.errors import CheckpointError
+    from regpt.train.run import RunDirectory
+
+    try:
+        settings = RunDirectory(Path(loaded.path).absolute().parent.parent).config
+    except CheckpointError:
+        return None
+    source = settings.get("data", {}).get("source")
+    return known_text(source) if isinstance(source, str) and source else None

@@ -1,0 +1,302 @@
+"""A run's figures beside published ones: how far apart, whether that is more than chance, and why, where that is known.
+
+Chance means two things. A share of right answers, or a perplexity over rows, is an estimate from so many rows: two of them
+are told apart where they differ by more than 1.96 standard errors of the difference. A loss over a whole split is exact for
+one run, and differs between runs that differ in nothing but the seed: it is told apart by the spread of such runs, where
+somebody measured it. Where neither is known the answer is that nobody knows. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from regpt.evals.figures import NORMAL_95
+from regpt.evals.names import LOSS
+from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
+
+SAME_SIZE = 1.03  # times as large, at most: padding and biases do not make another size
+ALIKE = 2.0  # times as large, at most: what stands beside a run where no GPT-2 was measured on its text
+SAME_TOKENS = 0.02
+Values = Mapping[str, Any]
+"""Of one task, as `TaskResult.as_dict` gives them: NAME, NAME_stderr, rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What must be known of a run to compare it."""
+
+    parameters: int
+    corpus: str | None = None
+    """What its validation loss is of: data.source."""
+    tokens: int | None = None
+    """That it was trained on."""
+    changed: Mapping[str, tuple[Any, Any]] | None = None
+    """Settings that decide what is learned: the recipe's value, the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One published figure and the run's own."""
+
+    published: Published
+    ours: float | None
+    """None: not evaluated."""
+    stderr: float | None
+    margin: float | None
+    """A difference up to which chance explains it; None: nobody knows."""
+    why: tuple[str, ...]
+    """What makes the two differ, as far as it is known."""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus theirs."""
+        return None if self.ours is None else self.ours - self.published.value
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether chance explains the difference; None: nobody knows."""
+        if self.difference is None or self.margin is None:
+            return None
+        return abs(self.difference) <= self.margin
+
+    @property
+    def better(self) -> bool | None:
+        """Whether ours is."""
+        if self.difference is None:
+            return None
+        return (self.difference < 0) == (self.published.figure in LOWER_IS_BETTER) and self.difference != 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        p = self.published
+        return {
+            **{name: getattr(p, name) for name in ("model", "task", "figure")},
+            "published": p.value,
+            "ours": self.ours,
+            "stderr": self.stderr,
+            "difference": self.difference,
+            "margin": self.margin,
+            "within_noise": self.within_noise,
+            "why": list(self.why),
+            **{name: getattr(p, name) for name in ("standing", "data", "method", "source")},
+        }
+
+
+def compare(
+    published: Iterable[Published], ours: Mapping[str, Values], run: Run, skipped: Mapping[str, str]
+) -> list[Comparison]:
+    """Every published figure beside the run's own of the same name.
+
+    Args:
+        ours: figures by task.
+        skipped: tasks that were not evaluated, and why.
+    """
+    return [_compared(p, ours.get(p.task), run, skipped) for p in published]
+
+
+def _compared(p: Published, values: Values | None, run: Run, skipped: Mapping[str, str]) -> Comparison:
+    if values is None or values.get(p.figure) is None:
+        why = skipped.get(p.task, f"this evaluation gives no {p.figure}")
+        return Comparison(published=p, ours=None, stderr=None, margin=None, why=(f"not evaluated: {why}",))
+    stderr = values.get(f"{p.figure}_stderr")
+    return Comparison(
+        published=p,
+        ours=float(values[p.figure]),
+        stderr=stderr,
+        margin=_margin(p, stderr) if p.trusted else None,
+        why=tuple(_reasons(p, values, run)),
+    )
+
+
+def _margin(p: Published, stderr: float | None) -> float | None:
+    if p.task == LOSS:
+        return p.noise
+    if stderr is None:
+        return None
+    return NORMAL_95 * math.hypot(stderr, p.error or 0.0)
+
+
+def _reasons(p: Published, values: Values, run: Run) -> Iterable[str]:
+    """What is known to make a figure differ, the weightiest first."""
+    if not p.trusted:
+        yield f"{p.standing}: {p.caveat}"
+    if p.task == LOSS and run.corpus is not None and p.corpus != run.corpus:
+        yield f"other data: theirs is {p.data}, this run's is {run.corpus}"
+    if _ratio(p, run) > SAME_SIZE:
+        yield f"another size: {count(run.parameters)} parameters, theirs {count(p.parameters)}"
+    if run.tokens is not None and p.tokens is not None and abs(run.tokens / p.tokens - 1) > SAME_TOKENS:
+        word = "fewer" if run.tokens < p.tokens else "more"
+        yield f"{word} tokens: trained on {count(run.tokens)}, theirs on {count(p.tokens)}"
+    if run.changed:
+        told = ", ".join(f"{name} {new} instead of {old}" for name, (old, new) in run.changed.items())
+        yield f"other settings than the recipe's: {told}"
+    if p.rows is not None and values.get("rows") not in (None, p.rows):
+        yield f"other rows: {values['rows']:,} of them, theirs {p.rows:,}"
+    if p.trusted and p.caveat:
+        yield p.caveat
+    if p.task == LOSS and p.trusted and p.noise is None:
+        yield "no spread over seeds is known"
+
+
+def count(n: int) -> str:
+    """A number of tokens or parameters as a person says it: 124 M, 1.57 B."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return str(n)
+
+
+# --- `regpt eval`: the published figures of the tasks that were evaluated ---------------------------------------------
+
+
+def beside(ours: Mapping[str, Values], run: Run, *, every: bool = False) -> list[Comparison]:
+    """Published figures to set beside those of `regpt eval`: of the GPT-2 nearest in size, or of every model.
+
+    A loss is set beside those of the same text alone; where that GPT-2 has none, beside those of models of about its size.
+    Where one figure was published twice the more comparable one stands for it, unless `every` asks for both.
+    """
+    near = nearest_gpt2(run.parameters)
+    chosen = []
+    for task, values in ours.items():
+        found = [p for p in figures(task) if p.figure in values and (task != LOSS or p.corpus == run.corpus)]
+        if not every:
+            of_gpt2 = [p for p in found if p.model == near]
+            alike = [p for p in found if task == LOSS and p.trusted and _ratio(p, run) <= ALIKE]
+            found = sorted(of_gpt2 or alike, key=lambda p: bool(p.caveat), reverse=True)
+            found = list({(p.model, p.figure): p for p in found}.values())
+        chosen += found
+    return compare(chosen, ours, run, {})
+
+
+def _ratio(p: Published, run: Run) -> float:
+    """How many times larger the larger of two models is."""
+    return math.exp(abs(math.log(run.parameters / p.parameters)))
+
+
+def columns(ours: Mapping[str, Values], found: Iterable[Comparison]) -> str:
+    """The table of `regpt eval`: the run's figures, and a column for each model that has some of them."""
+    found = list(found)
+    models = list(dict.fromkeys(c.published.model for c in found))
+    theirs = {(c.published.model, c.published.task, c.published.figure): c.published.value for c in found}
+    rows = [["", "this run", *models]]
+    for task, values in ours.items():
+        for figure in named_figures(values):
+            own = written(figure, values[figure], values.get(f"{figure}_stderr"))
+            others = [theirs.get((m, task, figure)) for m in models]
+            rows.append([f"{task} {figure}", own, *("" if v is None else written(figure, v) for v in others)])
+    return aligned(rows)
+
+
+def named_figures(values: Values) -> list[str]:
+    """Of a task's values those that are figures: not standard errors, counts or times."""
+    return [
+        name
+        for name, value in values.items()
+        if isinstance(value, float) and "stderr" not in name and name not in ("seconds", "time_s")
+    ]
+
+
+def sources(found: Iterable[Comparison]) -> list[str]:
+    """Where the figures come from and what stands against comparing them, a line each."""
+    lines = []
+    for c in found:
+        p = c.published
+        line = f"{p.model}, {p.task} {p.figure} {written(p.figure, p.value)}: {p.source}"
+        lines.append(line + (f"; {p.caveat}" if p.caveat else "") + ("" if p.trusted else f" ({p.standing})"))
+    return lines
+
+
+# --- `regpt reproduce`: published, ours, the difference, and whether chance explains it -------------------------------
+
+HEAD = ["", "published", "ours", "difference", "within noise?"]
+
+
+def verdicts(found: Iterable[Comparison]) -> list[list[str]]:
+    """The rows of the table, as words."""
+    return [
+        [
+            f"{c.published.model}: {c.published.task} {c.published.figure}",
+            written(c.published.figure, c.published.value)
+            + ("" if c.published.trusted else f" ({c.published.standing})"),
+            "not evaluated" if c.ours is None else written(c.published.figure, c.ours, c.stderr),
+            "" if c.difference is None else f"{c.difference:+.4f}",
+            _verdict(c),
+        ]
+        for c in found
+    ]
+
+
+def _verdict(c: Comparison) -> str:
+    if c.difference is None:
+        return ""
+    if c.within_noise is None:
+        return "not comparable" if not c.published.trusted else "not known"
+    if c.within_noise:
+        return f"yes (±{c.margin:.4f})"
+    return f"no: {'better' if c.better else 'worse'} (±{c.margin:.4f})"
+
+
+def table(found: Iterable[Comparison]) -> str:
+    """For a terminal, reasons below: what holds for all of them once."""
+    found = list(found)
+    shared = _shared(found)
+    lines = [aligned([HEAD, *verdicts(found)])]
+    if shared:
+        lines += ["why, for all of them", *(f"  {reason}" for reason in shared)]
+    for c in found:
+        if own := [reason for reason in c.why if reason not in shared]:
+            lines += [f"why, {_name(c)}", *(f"  {reason}" for reason in own)]
+    return "\n".join(lines)
+
+
+def markdown(title: str, found: Iterable[Comparison]) -> str:
+    """For a page: the table, then sources and reasons, those that hold for all of them first."""
+    found = list(found)
+    shared = _shared(found)
+    rows = [HEAD, ["---"] * len(HEAD), *verdicts(found)]
+    lines = [f"# {title}", "", *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows), ""]
+    if shared:
+        lines += ["Why they differ, for all of them:", "", *(f"- {reason}" for reason in shared), ""]
+    for c in found:
+        p = c.published
+        lines.append(f"- **{_name(c)}** ({p.data}; {p.method}; {p.source})")
+        lines += [f"  - {reason}" for reason in c.why if reason not in shared]
+    return "\n".join(lines) + "\n"
+
+
+def _shared(found: list[Comparison]) -> list[str]:
+    """Reasons that every one of several comparisons has."""
+    if len(found) < 2:
+        return []
+    return [reason for reason in found[0].why if all(reason in c.why for c in found)]
+
+
+def _name(c: Comparison) -> str:
+    p = c.published
+    return f"{p.model}: {p.task} {p.figure} {written(p.figure, p.value)}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def written(figure: str, value: float, stderr: float | None = None) -> str:
+    """A figure for a person: shares and losses with four places, perplexities with two."""
+    places = 2 if figure.endswith(("perplexity", "strided")) else 4
+    return f"{value:.{places}f}" + (f" ± {stderr:.{places}f}" if stderr is not None else "")
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

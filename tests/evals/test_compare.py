@@ -1,0 +1,160 @@
+"""Published figures beside a run's: what chance explains, what is known to differ, and how it is written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from regpt.evals.compare import Comparison, Run, beside, columns, compare, count, markdown, sources, table
+from regpt.evals.published import Published, figures, of_preset
+
+GPT2_124M = 124_439_808
+
+
+def one(**more: object) -> Published:
+    base = next(f for f in figures("hellaswag") if f.model == "GPT-2 124M" and f.figure == "acc_norm")
+    return Published(**(vars(base) | more))  # type: ignore[arg-type]
+
+
+def compared(published: Published, values: dict[str, float], run: Run | None = None) -> Comparison:
+    return compare([published], {published.task: values}, run or Run(parameters=GPT2_124M), {})[0]
+
+
+def test_a_share_is_judged_by_the_standard_errors_of_both() -> None:
+    """0.3114 of 10,042 rows has 0.00462; two such differ by more than chance from 0.01281 on."""
+    theirs = math.sqrt(0.3114 * 0.6886 / 10_042)
+    stderr = 0.00462
+    found = compared(one(), {"acc_norm": 0.3240, "acc_norm_stderr": stderr})
+    assert (
+        found.margin == pytest.approx(1.96 * math.hypot(stderr, theirs)) == pytest.approx(0.01281, abs=1e-5)
+    )
+    assert found.within_noise is True and found.better is True
+    assert compared(one(), {"acc_norm": 0.3250, "acc_norm_stderr": stderr}).within_noise is False
+    assert compared(one(), {"acc_norm": 0.30}).within_noise is None, "no standard error: nobody knows"
+
+
+def test_a_loss_is_judged_by_the_spread_over_seeds() -> None:
+    loss = next(f for f in of_preset("shakespeare-char-cpu") if f.model.startswith("regpt"))
+    assert loss.noise == 0.0083
+    run = Run(parameters=loss.parameters, corpus="shakespeare", tokens=loss.tokens)
+    near, far = (compare([loss], {"loss": {"nats": v}}, run, {})[0] for v in (1.9110, 1.9130))
+    assert (near.within_noise, far.within_noise, far.better, near.why) == (True, False, False, ())
+    unknown = next(f for f in of_preset("shakespeare-char"))
+    found = compare([unknown], {"loss": {"nats": 1.5}}, run, {})[0]
+    assert found.within_noise is None and "no spread over seeds is known" in found.why
+
+
+def test_what_is_claimed_without_support_is_never_within_noise() -> None:
+    for claim in (f for f in figures() if not f.trusted):
+        values = {claim.figure: claim.value, f"{claim.figure}_stderr": 0.0046}
+        found = compared(claim, values)
+        assert found.difference == 0 and found.within_noise is None
+        assert found.why[0] == f"{claim.standing}: {claim.caveat}"
+        assert "not comparable" in table([found])
+
+
+def test_the_reasons_that_are_known_are_said() -> None:
+    loss = next(f for f in of_preset("gpt2-124m-tinystories"))
+    run = Run(
+        parameters=804_224,
+        corpus="texts/mine.txt",
+        tokens=1_000_000,
+        changed={"train.steps": (3000, 5)},
+    )
+    why = compare([loss], {"loss": {"nats": 3.0}}, run, {})[0].why
+    assert (
+        why[0] == "other data: theirs is TinyStories, its own validation split, this run's is texts/mine.txt"
+    )
+    assert why[1] == "another size: 804 K parameters, theirs 124 M"
+    assert why[2] == "fewer tokens: trained on 1 M, theirs on 1.57 B"
+    assert why[3] == "other settings than the recipe's: train.steps 5 instead of 3000"
+    assert "bfloat16 logits" in why[4]
+    few = compared(one(), {"acc_norm": 0.3, "acc_norm_stderr": 0.05, "rows": 100})
+    assert "other rows: 100 of them, theirs 10,042" in few.why
+
+
+def test_what_was_not_evaluated_says_why() -> None:
+    found = compare([one()], {}, Run(parameters=GPT2_124M), {"hellaswag": "no network here"})[0]
+    assert (found.ours, found.difference, found.within_noise) == (None, None, None)
+    assert found.why == ("not evaluated: no network here",)
+    assert "not evaluated" in table([found])
+
+
+def test_the_tables_say_the_same() -> None:
+    found = compare(
+        of_preset("gpt2-124m-fineweb-edu"),
+        {
+            "loss": {"nats": 3.30},
+            "hellaswag": {"acc_norm_tokens": 0.30, "acc_norm_tokens_stderr": 0.0046, "rows": 10_042},
+        },
+        Run(parameters=GPT2_124M, corpus="fineweb-edu-10bt", tokens=10**10),
+        {},
+    )
+    text, page = table(found), markdown("a title", found)
+    for part in ("3.2924", "+0.0076", "0.3000 ± 0.0046", "(unsupported)", "(contaminated)", "within noise?"):
+        assert part in text and part in page
+    assert page.startswith("# a title\n\n|  | published | ours | difference | within noise? |\n| --- |")
+    assert all(c.published.source in page for c in found)
+    assert max(len(line) for line in text.splitlines()[: len(found) + 1]) < 130
+
+
+def test_a_reason_that_all_share_is_said_once() -> None:
+    run = Run(parameters=804_224, corpus="mine.txt", changed={"train.steps": (2000, 5)})
+    found = compare(of_preset("shakespeare-char-cpu"), {"loss": {"nats": 3.0}}, run, {})
+    assert len(found) == 3 and table(found).count("train.steps 5 instead of 2000") == 1
+    assert markdown("t", found).count("train.steps 5 instead of 2000") == 1
+
+
+def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
+    ours = {
+        "loss": {"nats": 3.2, "perplexity": 24.5, "tokens": 10},
+        "hellaswag": {
+            "acc_norm": 0.31,
+            "acc_norm_stderr": 0.0046,
+            "acc": 0.29,
+            "rows": 10_042,
+            "seconds": 3.0,
+        },
+        "lambada": {"acc": 0.33, "perplexity": 39.0},
+    }
+    found = beside(ours, Run(parameters=GPT2_124M, corpus="openwebtext"))
+    assert {c.published.model for c in found} == {"GPT-2 124M"}
+    assert {(c.published.task, c.published.figure): c.published.value for c in found} == {
+        ("loss", "nats"): 3.12,
+        ("hellaswag", "acc_norm"): 0.3114,
+        ("hellaswag", "acc"): 0.2892,
+        ("lambada", "acc"): 0.3256,  # lm-eval's, which ours equals by definition; the paper's has a filter
+        ("lambada", "perplexity"): 40.0554,
+    }
+    text = columns(ours, found)
+    assert text.splitlines()[0].split() == ["this", "run", "GPT-2", "124M"]
+    assert ["hellaswag", "acc_norm", "0.3100", "±", "0.0046", "0.3114"] in [
+        line.split() for line in text.splitlines()
+    ]
+    assert "tokens" not in text and "seconds" not in text
+    assert beside(ours, Run(parameters=1_500_000_000))[0].published.model == "GPT-2 1558M"
+    every = beside(ours, Run(parameters=GPT2_124M, corpus="openwebtext"), every=True)
+    assert {0.3256, 0.4599} <= {c.published.value for c in every if c.published.model == "GPT-2 124M"}
+    assert len(sources(every)) == len(every) > 20
+    small = beside({"loss": {"nats": 2.0}}, Run(parameters=804_224, corpus="shakespeare"))
+    assert [(c.published.model, c.published.value) for c in small] == [
+        ("nanoGPT shakespeare-char, CPU", 1.8983),
+        ("regpt shakespeare-char-cpu", 1.9036),
+    ]
+    elsewhere = beside(ours, Run(parameters=GPT2_124M, corpus="my.txt"), every=True)
+    assert not [c for c in elsewhere if c.published.task == "loss"], "the loss of another text says nothing"
+
+
+def test_numbers_as_a_person_says_them() -> None:
+    assert [count(n) for n in (5, 804_224, 124_439_808, 1_572_864_000)] == ["5", "804 K", "124 M", "1.57 B"]
+
+
+def test_a_file_with_the_bytes_of_a_named_set_is_that_set(tmp_path: Path, test_data: Path) -> None:
+    from regpt.data.sources import known_text
+
+    (tmp_path / "other.txt").write_text("To be, or not to be\n")
+    assert known_text(str(test_data / "small" / "tinyshakespeare.txt")) == "shakespeare"
+    assert known_text(str(tmp_path / "other.txt")) == str(tmp_path / "other.txt")
+    assert known_text("openwebtext") == "openwebtext"
