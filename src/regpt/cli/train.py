@@ -15,6 +15,7 @@ import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
+from regpt.errors import Interrupted, TrainingDiverged
 from regpt.paths import user_path
 
 
@@ -57,9 +58,15 @@ def main(argv: list[str]) -> int:
     from regpt.train.session import train  # torch only from here on
 
     with screen:
-        result = train(args.config, out, fresh=args.fresh, listen=screen.hear)
+        try:
+            result = train(args.config, out, fresh=args.fresh, preset=preset, listen=screen.hear)
+        except (Interrupted, TrainingDiverged):
+            if main_rank:
+                write_run_report(out, screen.out)
+            raise
     if not main_rank:
         return 0
+    report = write_run_report(out, screen.out)
     lines = [f"trained {result.step} steps on {result.tokens:,} tokens in {duration(result.seconds)}"]
     if result.val_loss is not None:
         lines[0] += f"; validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte"
@@ -68,11 +75,27 @@ def main(argv: list[str]) -> int:
     ):  # a finished run, called again, still ends with its text
         lines.insert(0, sample)
     lines += [
-        f"the run lies in {out}",
+        f"the run lies in {out}" + (f", its report in {report}" if report else ""),
         f"next:  {program()} sample {shlex.quote(str(out))}{_some_prompt(args.config)}",
     ]
     screen.out.result(dataclasses.asdict(result), "\n".join(lines))
     return 0
+
+
+def write_run_report(run: Path, out: Output) -> Path | None:
+    """report.html in the run, as far as it came. A report that fails is a note: what was trained is safe."""
+    if not (run / "log.jsonl").exists():  # it ended before the first step
+        return None
+    from regpt.report.history import read_histories
+    from regpt.report.write import report_place, write_report
+
+    try:
+        place = report_place([run], None)
+        write_report(read_histories([run]), place)
+    except Exception as e:  # whatever it is, the training was not at fault
+        out.warn(f"the run has no report: {e}")
+        return None
+    return place
 
 
 def last_sample(run: Path) -> str:

@@ -23,7 +23,7 @@ LEAST_BUCKETS = 50
 DIGITS = 7  # of a value in the page: single precision has no more
 GIB = 2**30
 WIDTH, HEIGHT, SMALL_WIDTH, SMALL_HEIGHT = 960, 380, 470, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 30
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 COLOURS = 8  # that page.css has
 MAIN_FIGURES = ("acc_norm_tokens", "acc_norm", "acc", "word_perplexity", "perplexity", "nats")
 
@@ -239,6 +239,7 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
 
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(_aria(chart))}">',
+        f'<text class="tick" x="{(LEFT + width - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">steps</text>',
         *(_grid_y(y_of(t), width, said(t)) for t in ticks(low, high, 6)),
         *(_label_x(x_of(t), height, said(t)) for t in ticks(0, end, 8 if chart.wide else 5)),
     ]
@@ -269,7 +270,7 @@ def _grid_y(y: float, width: int, text: str) -> str:
 
 
 def _label_x(x: float, height: int, text: str) -> str:
-    return f'<text class="tick" x="{x:.1f}" y="{height - 10}" text-anchor="middle">{text}</text>'
+    return f'<text class="tick" x="{x:.1f}" y="{height - 25}" text-anchor="middle">{text}</text>'
 
 
 def _baseline(b: Baseline, y: float, width: int) -> str:

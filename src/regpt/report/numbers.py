@@ -25,11 +25,11 @@ NUMBERS = {  # the name in --json: what a person reads
     "step": "steps",
     "tokens": "tokens",
     "flops": "FLOPs",
-    "tokens_per_second": "tokens/s, median",
+    "tokens_per_second": "tokens a second, median",
     "mfu": "MFU, median",
-    "memory_bytes": "peak memory, bytes",
-    "time_s": "training time, s",
-    "elapsed_s": "whole time, s",
+    "memory_bytes": "peak memory",
+    "time_s": "training time",
+    "elapsed_s": "with evaluations and saves",
     "cost": "cost",
 }
 

@@ -1,7 +1,7 @@
 // The report's script: draws the charts at the window's width, over the axis that is asked for, smoothed on demand.
 "use strict";
 (() => {
-  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 30, AXES = ["step", "tokens", "time_s", "flops"];
+  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, AXES = ["step", "tokens", "time_s", "flops"];
   const SVG = "http://www.w3.org/2000/svg";
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
@@ -156,9 +156,10 @@
       svg.append(node("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: s.y(t), y2: s.y(t) }));
       svg.append(node("text", { class: "tick", x: LEFT - 8, y: s.y(t) + 4, "text-anchor": "end" }, said(t)));
     }
-    const [by] = axisUnit(s.end);
+    const [by, unit] = axisUnit(s.end);
     for (const t of ticks(s.from / by, s.to / by, Math.max(2, Math.floor(width / 95))))
-      svg.append(node("text", { class: "tick", x: s.x(t * by), y: height - 10, "text-anchor": "middle" }, said(t)));
+      svg.append(node("text", { class: "tick", x: s.x(t * by), y: height - 25, "text-anchor": "middle" }, said(t)));
+    svg.append(node("text", { class: "tick", x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, unit));
     for (const b of chart.baselines) {
       svg.append(node("line", { class: "baseline", x1: LEFT, x2: width - RIGHT, y1: s.y(b.value), y2: s.y(b.value) }));
       svg.append(node("text", { class: "baseline-label", x: width - RIGHT - 4, y: s.y(b.value) - 5, "text-anchor": "end" }, `${b.label} ${said(b.value)}`));

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from regpt.report.charts import Chart, chart_data, charts, said, svg
+from regpt.report.charts import GIB, Chart, chart_data, charts, said, svg
 from regpt.report.history import History
 from regpt.report.numbers import NUMBERS, cautions, differing, flat_settings, groups, report_values, summary
 
@@ -122,7 +122,7 @@ def _headline(history: History, price: float | None) -> str:
         ("speed", f"{_count(s['tokens_per_second'])} tok/s", "median of the logged steps"),
         ("MFU", f"{s['mfu']:.1%}", "median") if s["mfu"] is not None else None,
         ("training time", _time(s["time_s"]), f"{_time(s['elapsed_s'])} with evaluations and saves"),
-        ("peak memory", f"{s['memory_bytes'] / 2**30:.2f} GiB", "") if s["memory_bytes"] else None,
+        ("peak memory", f"{s['memory_bytes'] / GIB:.2f} GiB", "") if s["memory_bytes"] else None,
         ("cost", f"{s['cost']:,.2f}", f"at {price:g} an hour") if s["cost"] is not None else None,
     ]
     for task, scores in s["tasks"].items():
@@ -156,12 +156,7 @@ def _compared(histories: Sequence[History], price: float | None) -> str:
     rows = []
     for name in names:
         figures = [g["figures"].get(name) for g in of_groups]
-        means = [f["mean"] for f in figures if f]
-        best = min(means) if name.endswith(("loss", "bits_per_byte")) and len(means) > 1 else None
-        cells = "".join(
-            f'<td class="n{" best" if f and f["mean"] == best else ""}">{_text(_spread(name, f))}</td>'
-            for f in figures
-        )
+        cells = "".join(f'<td class="n">{_text(_spread(name, f))}</td>' for f in figures)
         rows.append(f"<tr><th>{_text(NUMBERS.get(name, name.replace('.', ' ')))}</th>{cells}</tr>")
     explained = (
         "<p class='soft'>Runs that differ only in the seed stand together: mean ± sample standard deviation over "
@@ -189,9 +184,13 @@ def _spread(name: str, figure: dict[str, Any] | None) -> str:
     mean, spread = figure["mean"], figure["spread"]
 
     def text(value: float) -> str:
-        if name in ("step", "tokens", "flops", "tokens_per_second", "memory_bytes"):
+        if name == "memory_bytes":
+            return f"{value / GIB:.2f} GiB"
+        if name in ("time_s", "elapsed_s"):
+            return _time(value)
+        if name in ("step", "tokens", "flops", "tokens_per_second"):
             return f"{value:,.0f}" if abs(value) < 1e6 else said(value)
-        return f"{value:,.2f}" if name in ("time_s", "elapsed_s", "cost") else f"{value:.4f}"
+        return f"{value:.2%}" if name == "mfu" else f"{value:,.2f}" if name == "cost" else f"{value:.4f}"
 
     return text(mean) + (f" ± {text(spread)}" if spread else "")
 
@@ -264,13 +263,13 @@ def _samples(histories: Sequence[History]) -> str:
     for h in histories:
         if not h.samples:
             continue
-        shown = _evenly(h.samples if len(histories) == 1 else h.samples[-1:])
+        shown = _evenly(h.samples) if len(histories) == 1 else h.samples[-1:]
         rows = "".join(_sample(s, h) for s in shown)
-        left = f" ({len(shown)} of {len(h.samples)})" if len(shown) < len(h.samples) else ""
         name = f"<h3 style='margin:14px 0 6px'>{_text(h.label)}</h3>" if len(histories) > 1 else ""
-        parts.append(
-            f'{name}<div class="card">{rows}</div>' + (f'<p class="soft">{left}</p>' if False else "")
-        )
+        left = ""
+        if len(histories) == 1 and len(shown) < len(h.samples):
+            left = f'<p class="soft">{len(shown)} of {len(h.samples)}, evenly over the run.</p>'
+        parts.append(f'{name}<div class="card">{rows}</div>{left}')
     title = "What it wrote as it learned" if len(histories) == 1 else "What each wrote last"
     return f"<h2>{title}</h2>{''.join(parts)}" if parts else ""
 
@@ -362,7 +361,7 @@ def _fact_rows(history: History, settings: dict[str, Any]) -> dict[str, list[tup
         "Machine and versions": [
             ("device", machine.get("name")),
             ("ranks", plan.get("world")),
-            ("memory", f"{memory / 2**30:.1f} GiB" if isinstance(memory, int | float) else None),
+            ("memory", f"{memory / GIB:.1f} GiB" if isinstance(memory, int | float) else None),
             ("threads", machine.get("threads")),
             *((name, versions.get(name)) for name in ("regpt", "commit", "torch", "python", "platform")),
         ],
@@ -399,7 +398,7 @@ def _figure(value: float | None) -> str:
 
 
 def _count(value: object) -> str:
-    return said(value) if isinstance(value, int | float) else DASH
+    return said(float(f"{value:.3g}")) if isinstance(value, int | float) else DASH
 
 
 def _whole(value: object) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from regpt.config import Config, build, differences, to_dict
+from regpt.config import Config, Preset, build, differences, to_dict
 from regpt.data.corpus import corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.split import TokenSet
@@ -73,12 +73,18 @@ class TrainResult:
 
 
 def train(
-    config: Config, out: Path | str, *, fresh: bool = False, listen: Listener = lambda *_: None
+    config: Config,
+    out: Path | str,
+    *,
+    fresh: bool = False,
+    preset: Preset | None = None,
+    listen: Listener = lambda *_: None,
 ) -> TrainResult:
     """Train `config` in the run directory `out`; continue there if a run of the same settings was begun.
 
     Args:
         fresh: begin anew; what stood in `out` is moved aside.
+        preset: whose settings `config` was made from; the run's record says so.
         listen: hears every event as it happens.
 
     Raises:
@@ -93,14 +99,20 @@ def train(
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
-            return _train(config, user_path(out), fresh, heard, machine, ranks)
+            return _train(config, user_path(out), fresh, preset, heard, machine, ranks)
         except (Interrupted, TrainingDiverged) as e:
             e.told = not ranks.main  # it is the same on all
             raise
 
 
 def _train(
-    config: Config, out: Path, fresh: bool, listen: Listener, machine: Machine, ranks: Ranks
+    config: Config,
+    out: Path,
+    fresh: bool,
+    preset: Preset | None,
+    listen: Listener,
+    machine: Machine,
+    ranks: Ranks,
 ) -> TrainResult:
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
@@ -144,7 +156,9 @@ def _train(
             plan = _same_steps(with_time(plan, config, machine), ranks)
             plan = _same_compile(plan, config, machine, run, ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
-            trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
+            trainer = _trainer(
+                config, plan, machine, tokenizer, shards, loader, run, preset, listen, stop, ranks
+            )
             try:
                 trainer.run()
             finally:
@@ -265,6 +279,7 @@ def _trainer(
     shards: TokenSet,
     loader: Loader,
     run: RunDirectory,
+    preset: Preset | None,
     listen: Listener,
     stop: StopRequest,
     ranks: Ranks,
@@ -309,12 +324,31 @@ def _trainer(
             _rewind(trainer, run, listen)
         if ranks.main:
             tokenizer.save(run.tokenizer)
-            all_facts = facts | {"text": text_identity(config)}
-            of_machine = dataclasses.asdict(machine)
-            run.begin(config=tracked, plan=as_dict(plan), facts=all_facts, machine=of_machine)
+            all_facts = facts | {"text": text_identity(config)} | _text_facts(shards)
+            run.begin(
+                config=tracked,
+                preset=_preset_record(preset, config, before),
+                plan=as_dict(plan),
+                facts=all_facts,
+                machine=dataclasses.asdict(machine),
+            )
 
     ranks.together(begin)
     return trainer
+
+
+def _preset_record(preset: Preset | None, config: Config, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Whose settings these are, and which differ from them now; as it was recorded where nobody says."""
+    if preset is None:
+        known = (before or {}).get("preset")
+        return known if isinstance(known, dict) else {}
+    return {"name": preset.name, "differs": differences(preset.config, config)}
+
+
+def _text_facts(shards: TokenSet) -> dict[str, Any]:
+    """What the text is called and how much of it there is: for the report, nothing depends on it."""
+    tokens = {name: shards.split(name).n_tokens for name in shards.splits}
+    return {"tokens": tokens, "corpus": shards.name}
 
 
 def _facts(config: Config, tokenizer: Tokenizer, shards: TokenSet) -> dict[str, Any]:
