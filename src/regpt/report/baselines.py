@@ -12,7 +12,7 @@ from regpt.evals.published import Published, figures
 from regpt.report.history import History
 
 NEAR = 2.0  # a model more than so many times larger or smaller says little beside the run
-AT_MOST = 4  # lines in one chart: more hide the curve
+AT_MOST = 3  # lines in one chart: more hide the curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def _tokenizer(preset: str) -> TokenizerConfig:
 
 
 def _lines(found: Sequence[Published], histories: Sequence[History]) -> list[Baseline]:
-    """The trusted ones of about the runs' size; of one model the first."""
+    """The trusted ones of about the runs' size, GPT-2 and GPT-3 before reproductions; of one model the first."""
     sizes = [n for h in histories if isinstance(n := h.part("plan").get("parameters"), int) and n > 0]
     near = [
         f
@@ -61,7 +61,7 @@ def _lines(found: Sequence[Published], histories: Sequence[History]) -> list[Bas
         if f.trusted and any(abs(math.log(f.parameters / n)) <= math.log(NEAR) for n in sizes)
     ]
     of_model = {f.model: f for f in reversed(near)}
-    kept = sorted(of_model.values(), key=near.index)[:AT_MOST]
+    kept = sorted(of_model.values(), key=lambda f: (not f.model.startswith("GPT-"), near.index(f)))[:AT_MOST]
     return [Baseline(label=f.model, value=f.value, source=_with_caveat(f)) for f in kept]
 
 

@@ -24,6 +24,7 @@ DIGITS = 7  # of a value in the page: single precision has no more
 GIB = 2**30
 WIDTH, HEIGHT, SMALL_WIDTH, SMALL_HEIGHT = 960, 380, 470, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
+LABEL_HEIGHT = 14
 COLOURS = 8  # that page.css has
 MAIN_FIGURES = ("acc_norm_tokens", "acc_norm", "acc", "word_perplexity", "perplexity", "nats")
 
@@ -209,16 +210,32 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(first, last + 1)]
 
 
+def exponent(value: float) -> str:
+    """A number with its power of ten: 3e15, 1.53e12."""
+    mantissa, _, power = f"{value:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}" if value else "0"
+
+
 def said(value: float) -> str:
     """A number in few characters: 0.003, 4.26, 12K, 1.5M, 3e+15."""
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
-        mantissa, _, power = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+        return exponent(value)
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if size >= (unit if unit > 1e3 else 1e4):
             return f"{value / unit:.4g}{letter}"
     return f"{value:.4g}"
+
+
+def labels(at: Sequence[float]) -> list[str]:
+    """Ticks as one scale has them, all in the same unit and with the same digits: 0.0, 0.5, 1.0 or 0, 5K, 10K."""
+    size = max((abs(t) for t in at), default=0.0)
+    if len(at) < 2 or size >= 1e12 or size < 1e-3:
+        return [said(t) for t in at]
+    unit, letter = next((u for u in ((1e9, "B"), (1e6, "M"), (1e4, "K")) if size >= u[0]), (1.0, ""))
+    unit = 1e3 if letter == "K" else unit
+    digits = max(0, -math.floor(math.log10((at[1] - at[0]) / unit) + 1e-9))
+    return [f"{t / unit:.{digits}f}{letter}" if t else "0" for t in at]
 
 
 def svg(chart: Chart, data: dict[str, Any]) -> str:
@@ -240,17 +257,26 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(_aria(chart))}">',
         f'<text class="tick" x="{(LEFT + width - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">steps</text>',
-        *(_grid_y(y_of(t), width, said(t)) for t in ticks(low, high, 6)),
-        *(_label_x(x_of(t), height, said(t)) for t in ticks(0, end, 8 if chart.wide else 5)),
+        *(_grid_y(y_of(t), width, text) for t, text in _labelled(ticks(low, high, 6))),
+        *(_label_x(x_of(t), height, text) for t, text in _labelled(ticks(0, end, 8 if chart.wide else 5))),
     ]
-    parts += [_baseline(b, y_of(b.value), width) for b in chart.baselines]
     for line in lines:
         points = [
             (x_of(s), y_of(y)) if y is not None else None
             for s, y in zip(line["step"], line["y"], strict=True)
         ]
         parts.append(_path(points, line))
+    of_baselines = [(b, y_of(b.value)) for b in sorted(chart.baselines, key=lambda b: b.value)]
+    parts += [_baseline(y, width) for _, y in of_baselines]
+    above = math.inf
+    for b, y in of_baselines:  # the lowest first, each label over the one before
+        above = min(y - 5, above - LABEL_HEIGHT)
+        parts.append(_baseline_label(b, above, width))
     return "".join([*parts, "</svg>"])
+
+
+def _labelled(at: list[float]) -> list[tuple[float, str]]:
+    return list(zip(at, labels(at), strict=True))
 
 
 def _aria(chart: Chart) -> str:
@@ -273,10 +299,13 @@ def _label_x(x: float, height: int, text: str) -> str:
     return f'<text class="tick" x="{x:.1f}" y="{height - 25}" text-anchor="middle">{text}</text>'
 
 
-def _baseline(b: Baseline, y: float, width: int) -> str:
+def _baseline(y: float, width: int) -> str:
+    return f'<line class="baseline" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _baseline_label(b: Baseline, y: float, width: int) -> str:
     return (
-        f'<line class="baseline" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="baseline-label" x="{width - RIGHT - 4}" y="{y - 5:.1f}" text-anchor="end">'
+        f'<text class="baseline-label" x="{width - RIGHT - 4}" y="{y:.1f}" text-anchor="end">'
         f"{html.escape(b.label)} {said(b.value)}</text>"
     )
 

@@ -1,11 +1,11 @@
 // The report's script: draws the charts at the window's width, over the axis that is asked for, smoothed on demand.
 "use strict";
 (() => {
-  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, AXES = ["step", "tokens", "time_s", "flops"];
+  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, LABEL_HEIGHT = 14, AXES = ["step", "tokens", "time_s", "flops"];
   const SVG = "http://www.w3.org/2000/svg";
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
-  const state = { axis: "step", smooth: 0, log: false, hidden: new Set(), zoom: null };
+  const state = { axis: "step", smooth: 0, log: false, outliers: false, hidden: new Set(), zoom: null };
 
   // --- numbers -------------------------------------------------------------------------------------------------------
 
@@ -28,13 +28,24 @@
 
   function said(v) {
     const size = Math.abs(v);
-    if (size >= 1e12 || (size > 0 && size < 1e-3)) {
-      const [m, p] = v.toExponential(2).split("e");
-      return `${parseFloat(m)}e${parseInt(p, 10)}`;
-    }
+    if (size >= 1e12 || (size > 0 && size < 1e-3)) return exponent(v);
     for (const [from, unit, letter] of [[1e9, 1e9, "B"], [1e6, 1e6, "M"], [1e4, 1e3, "K"]])
       if (size >= from) return parseFloat((v / unit).toPrecision(4)) + letter;
     return String(parseFloat(v.toPrecision(4)));
+  }
+
+  function exponent(v) {
+    const [m, p] = v.toExponential(2).split("e");
+    return v ? `${parseFloat(m)}e${parseInt(p, 10)}` : "0";
+  }
+
+  // Ticks as one scale has them, all in the same unit and with the same digits.
+  function labels(at) {
+    const size = Math.max(0, ...at.map(Math.abs));
+    if (at.length < 2 || size >= 1e12 || size < 1e-3) return at.map(said);
+    const [unit, letter] = size >= 1e9 ? [1e9, "B"] : size >= 1e6 ? [1e6, "M"] : size >= 1e4 ? [1e3, "K"] : [1, ""];
+    const digits = Math.max(0, -Math.floor(Math.log10((at[1] - at[0]) / unit) + 1e-9));
+    return at.map((t) => (t ? (t / unit).toFixed(digits) + letter : "0"));
   }
 
   function timeUnit(seconds) {
@@ -104,6 +115,20 @@
     return [low, high];
   }
 
+  // The highest value but for the top twentieth of a curve of many points: its beginning and its spikes, as a rule.
+  const MANY = 200, LEFT_OUT = 0.05;
+  function ordinaryTop(drawn, keep) {
+    let top = -Infinity;
+    for (const { x, y, style } of drawn) {
+      const values = y.filter((v, i) => v !== null && keep(x[i], v)).sort((p, q) => p - q);
+      if (style === "sparse" && drawn.some((c) => c.y.length > MANY)) continue;
+      if (!values.length) continue;
+      const cut = values.length > MANY ? Math.floor(values.length * (1 - LEFT_OUT)) : values.length - 1;
+      top = Math.max(top, values[cut]);
+    }
+    return top;
+  }
+
   function scales(chart, drawn, width, height) {
     let end = 0;
     for (const other of data.charts)
@@ -113,7 +138,12 @@
       }
     const [from, to] = state.zoom || [0, end || 1];
     const log = state.log && chart.log;
-    let [low, high] = extent(drawn, (x, y) => x >= from && x <= to && (!log || y > 0));
+    const keep = (x, y) => x >= from && x <= to && (!log || y > 0);
+    let [low, high] = extent(drawn, keep);
+    if (!state.outliers && drawn.some((c) => c.line.kind === "noisy")) {
+      const top = ordinaryTop(drawn, keep);
+      if (top > low) high = Math.min(high, top + 0.25 * (top - low));
+    }
     for (const b of chart.baselines) { low = Math.min(low, b.value); high = Math.max(high, b.value); }
     if (low > high) [low, high] = log ? [0.1, 1] : [0, 1];
     const f = log ? Math.log : (v) => v;
@@ -150,20 +180,19 @@
     const drawn = curves(chart), s = scales(chart, drawn, width, height);
     const svg = node("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${chart.title} over ${axisUnit(s.end)[1]}` });
     const clip = node("clipPath", { id: `clip-${chart.id}` });
-    clip.append(node("rect", { x: LEFT, y: TOP - 4, width: width - LEFT - RIGHT, height: height - TOP - BOTTOM + 8 }));
+    clip.append(node("rect", { x: LEFT - 4, y: TOP - 4, width: width - LEFT - RIGHT + 8, height: height - TOP - BOTTOM + 8 }));
     svg.append(clip);
-    for (const t of s.log ? logTicks(s.low, s.high) : ticks(s.low, s.high, 6)) {
+    const atY = s.log ? logTicks(s.low, s.high) : ticks(s.low, s.high, 6), saidY = s.log ? atY.map(said) : labels(atY);
+    atY.forEach((t, i) => {
       svg.append(node("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: s.y(t), y2: s.y(t) }));
-      svg.append(node("text", { class: "tick", x: LEFT - 8, y: s.y(t) + 4, "text-anchor": "end" }, said(t)));
-    }
+      svg.append(node("text", { class: "tick", x: LEFT - 8, y: s.y(t) + 4, "text-anchor": "end" }, saidY[i]));
+    });
     const [by, unit] = axisUnit(s.end);
-    for (const t of ticks(s.from / by, s.to / by, Math.max(2, Math.floor(width / 95))))
-      svg.append(node("text", { class: "tick", x: s.x(t * by), y: height - 25, "text-anchor": "middle" }, said(t)));
+    const atX = ticks(s.from / by, s.to / by, Math.max(2, Math.floor(width / 95)));
+    const saidX = state.axis === "flops" ? atX.map(exponent) : labels(atX);
+    atX.forEach((t, i) =>
+      svg.append(node("text", { class: "tick", x: s.x(t * by), y: height - 25, "text-anchor": "middle" }, saidX[i])));
     svg.append(node("text", { class: "tick", x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, unit));
-    for (const b of chart.baselines) {
-      svg.append(node("line", { class: "baseline", x1: LEFT, x2: width - RIGHT, y1: s.y(b.value), y2: s.y(b.value) }));
-      svg.append(node("text", { class: "baseline-label", x: width - RIGHT - 4, y: s.y(b.value) - 5, "text-anchor": "end" }, `${b.label} ${said(b.value)}`));
-    }
     const inside = node("g", { "clip-path": `url(#clip-${chart.id})` });
     const faded = data.runs.length > 1 && chart.lines.some((l) => l.kind === "sparse");
     for (const curve of drawn) {
@@ -175,6 +204,14 @@
           inside.append(node("circle", { cx: s.x(curve.x[i]).toFixed(1), cy: s.y(curve.y[i]).toFixed(1), r: 3, style: `fill:${colour}` }));
     }
     svg.append(inside);
+    const baselines = [...chart.baselines].sort((p, q) => p.value - q.value);
+    for (const { value } of baselines)
+      svg.append(node("line", { class: "baseline", x1: LEFT, x2: width - RIGHT, y1: s.y(value), y2: s.y(value) }));
+    let above = Infinity; // the lowest first, each label over the one before
+    for (const { label, value } of baselines) {
+      above = Math.min(s.y(value) - 5, above - LABEL_HEIGHT);
+      svg.append(node("text", { class: "baseline-label", x: width - RIGHT - 4, y: above, "text-anchor": "end" }, `${label} ${said(value)}`));
+    }
     const old = plot.querySelector("svg");
     if (old) old.replaceWith(svg); else plot.prepend(svg);
     plot.scene = { chart, drawn, s, svg, width, height };
@@ -291,6 +328,7 @@
     drawAll();
   };
   byId("log").onchange = (e) => { state.log = e.target.checked; drawAll(); };
+  byId("outliers").onchange = (e) => { state.outliers = e.target.checked; drawAll(); };
   byId("zoom-out").onclick = () => { state.zoom = null; drawAll(); };
   let width = 0;
   new ResizeObserver(() => {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from regpt.report.charts import GIB, Chart, chart_data, charts, said, svg
+from regpt.report.charts import GIB, MAIN_FIGURES, Chart, chart_data, charts, exponent, said, svg
 from regpt.report.history import History
 from regpt.report.numbers import NUMBERS, cautions, differing, flat_settings, groups, report_values, summary
 
@@ -118,15 +118,15 @@ def _headline(history: History, price: float | None) -> str:
         ("bits per byte", _figure(s["val_bits_per_byte"]), "validation, any tokenizer"),
         ("training loss", _figure(s["train_loss"]), "of the last logged step"),
         ("tokens", _count(s["tokens"]), f"{s['tokens']:,}{passes}"),
-        ("compute", f"{said(s['flops'])} FLOPs" if s["flops"] else DASH, "by the model's own count"),
-        ("speed", f"{_count(s['tokens_per_second'])} tok/s", "median of the logged steps"),
+        ("FLOPs", exponent(s["flops"]) if s["flops"] else DASH, "as the model counts them"),
+        ("tokens a second", _count(s["tokens_per_second"]), "median of the logged steps"),
         ("MFU", f"{s['mfu']:.1%}", "median") if s["mfu"] is not None else None,
         ("training time", _time(s["time_s"]), f"{_time(s['elapsed_s'])} with evaluations and saves"),
         ("peak memory", f"{s['memory_bytes'] / GIB:.2f} GiB", "") if s["memory_bytes"] else None,
         ("cost", f"{s['cost']:,.2f}", f"at {price:g} an hour") if s["cost"] is not None else None,
     ]
     for task, scores in s["tasks"].items():
-        figure = next((f for f in ("acc_norm", "acc") if f in scores), next(iter(scores)))
+        figure = next((f for f in MAIN_FIGURES if f in scores), next(iter(scores)))
         tiles.append((task, _figure(scores[figure]), figure))
     made = [
         f'<div class="tile{" first" if i == 0 else ""}"><span>{_text(t[0])}</span><b>{_text(t[1])}</b>'
@@ -188,7 +188,9 @@ def _spread(name: str, figure: dict[str, Any] | None) -> str:
             return f"{value / GIB:.2f} GiB"
         if name in ("time_s", "elapsed_s"):
             return _time(value)
-        if name in ("step", "tokens", "flops", "tokens_per_second"):
+        if name == "flops":
+            return exponent(value)
+        if name in ("step", "tokens", "tokens_per_second"):
             return f"{value:,.0f}" if abs(value) < 1e6 else said(value)
         return f"{value:.2%}" if name == "mfu" else f"{value:,.2f}" if name == "cost" else f"{value:.4f}"
 
@@ -210,6 +212,7 @@ def _controls(live: bool) -> str:
         '<label>smoothing <input type="range" id="smooth" min="0" max="100" value="0">'
         '<output id="smooth-said" for="smooth">off</output></label>'
         '<label><input type="checkbox" id="log"> logarithmic</label>'
+        '<label><input type="checkbox" id="outliers"> outliers</label>'
         '<button type="button" class="plain-button" id="zoom-out" hidden>show all</button>'
         + ('<span id="live" role="status">live</span>' if live else "")
         + "</div>"
@@ -234,8 +237,8 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
                 + "</div>"
             )
         unit = f' <span class="unit">{_text(chart.unit)}</span>' if chart.unit else ""
-        sources = "; ".join(f"{b.label}: {b.source}" for b in chart.baselines)
-        note = f'<p class="unit" style="font-size:12px">Dashed: {_text(sources)}</p>' if sources else ""
+        sources = "".join(f"<p>{_text(f'{b.label}: {b.source}')}</p>" for b in chart.baselines)
+        note = f"<details><summary>The dashed lines</summary>{sources}</details>" if sources else ""
         figures.append(
             f'<figure class="chart{" wide" if chart.wide else ""}"><h3>{_text(chart.title)}{unit}</h3>{own}'
             f'<div class="plot" tabindex="0" data-plot="{_text(chart.id)}">{svg(chart, of_chart)}'
