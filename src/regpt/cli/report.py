@@ -75,10 +75,13 @@ def _watch(args: Args, runs: list[Path]) -> int:
     read_histories(runs, may_be_empty=True)  # what is not a run is said now
     with Server(runs, args.port, price=args.price) as server:
         out = Output(args)
-        out.result({"url": server.url}, f"the report is at {server.url} and follows the run; Ctrl-C ends it")
-        if args.open == "yes":
-            webbrowser.open(server.url)
         try:
+            out.result(
+                {"url": server.url},
+                f"the report is at {server.url} and follows the run; Ctrl-C ends it",
+            )
+            if args.open == "yes":
+                webbrowser.open(server.url)
             server.serve_forever()
         except KeyboardInterrupt:
             out.info("no longer served")

@@ -25,6 +25,7 @@ GIB = 2**30
 WIDTH, HEIGHT, SMALL_WIDTH, SMALL_HEIGHT = 960, 380, 470, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 LABEL_HEIGHT = 14
+FLAT = 1e-9  # a range so small beside its values is none
 COLOURS = 8  # that page.css has
 MAIN_FIGURES = ("acc_norm_tokens", "acc_norm", "acc", "word_perplexity", "perplexity", "nats")
 
@@ -202,7 +203,7 @@ def _finite_or_none(value: object) -> float | None:
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round numbers from `low` to `high`, steps of 1, 2 or 5 times a power of ten: ticks(0, 60) = [0, 10, …, 60]."""
     span = high - low
-    if not span > 0:
+    if not span > FLAT * max(abs(low), abs(high)):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= about)
@@ -244,7 +245,8 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
     lines = data["lines"]
     values = [v for line in lines for v in line["y"] if v is not None] + [b.value for b in chart.baselines]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    flat = high - low <= FLAT * max(abs(low), abs(high))  # but for rounding
+    pad = (abs(high) * 0.05 or 1.0) if flat else (high - low) * 0.05
     low, high = low - pad, high + pad
     end = max((v for line in lines for v in line["step"]), default=1) or 1
 

@@ -1,7 +1,7 @@
 // The report's script: draws the charts at the window's width, over the axis that is asked for, smoothed on demand.
 "use strict";
 (() => {
-  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, LABEL_HEIGHT = 14, AXES = ["step", "tokens", "time_s", "flops"];
+  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, LABEL_HEIGHT = 14, FLAT = 1e-9, AXES = ["step", "tokens", "time_s", "flops"];
   const SVG = "http://www.w3.org/2000/svg";
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
@@ -11,7 +11,7 @@
 
   function ticks(low, high, about) {
     const span = high - low;
-    if (!(span > 0)) return [low];
+    if (!(span > FLAT * Math.max(Math.abs(low), Math.abs(high)))) return [low];
     const power = 10 ** Math.floor(Math.log10(span / about));
     const step = [1, 2, 5, 10].map((m) => m * power).find((s) => span / s <= about);
     const found = [];
@@ -148,7 +148,8 @@
     if (low > high) [low, high] = log ? [0.1, 1] : [0, 1];
     const f = log ? Math.log : (v) => v;
     let a = f(low), b = f(high);
-    const pad = (b - a) * 0.05 || Math.abs(b) * 0.05 || 1;
+    const flat = b - a <= FLAT * Math.max(Math.abs(a), Math.abs(b)); // but for rounding
+    const pad = flat ? Math.abs(b) * 0.05 || 1 : (b - a) * 0.05;
     a -= pad; b += pad;
     const plotWidth = width - LEFT - RIGHT, plotHeight = height - TOP - BOTTOM;
     return {

@@ -41,7 +41,7 @@ def page(histories: Sequence[History], *, price: float | None = None, live: bool
         ]
     )
     script = _asset("page.js")
-    return "\n".join(
+    text = "\n".join(
         [
             "<!doctype html>",
             MARK,
@@ -59,6 +59,7 @@ def page(histories: Sequence[History], *, price: float | None = None, live: bool
             "",
         ]
     )
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair can stand in JSON, not in a file
 
 
 def update(histories: Sequence[History], *, price: float | None = None) -> str:

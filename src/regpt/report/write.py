@@ -26,8 +26,11 @@ def report_place(runs: Sequence[Path], out: Path | None) -> Path:
         raise UsageError(
             f"there is no folder {place.parent} to write {place.name} in.", hint="--out FILE elsewhere"
         )
+    begins = MARK.encode()
     try:
-        begins = place.open("rb").read(200) if place.exists() else MARK.encode()
+        if place.exists():
+            with place.open("rb") as file:
+                begins = file.read(200)
     except OSError as e:
         raise UsageError(
             f"{place} cannot be replaced: {e.strerror or e}.", hint="--out FILE elsewhere"
