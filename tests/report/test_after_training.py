@@ -15,39 +15,23 @@ from regpt.config import Config
 from regpt.errors import Interrupted
 from regpt.report import write
 
-WORDS = [
-    "train",
-    "demo",
-    "--out",
-    "run",
-    "--data.source",
-    "text.txt",
-    "--data.workers",
-    "1",
-    "--tokenizer.name",
-    "bytes",
-    "--model.n-layer",
-    "1",
-    "--model.n-head",
-    "2",
-    "--model.n-embd",
-    "16",
-    "--model.block-size",
-    "16",
-    "--train.batch-tokens",
-    "64",
-    "--train.steps",
-    "4",
-    "--train.device",
-    "cpu",
-    "--eval.every",
-    "2",
-    "--sample.tokens",
-    "4",
-    "--track.log-every",
-    "1",
-    "--json",
-]
+OPTIONS = {
+    "data.source": "text.txt",
+    "data.workers": 1,
+    "tokenizer.name": "bytes",
+    "model.n-layer": 1,
+    "model.n-head": 2,
+    "model.n-embd": 16,
+    "model.block-size": 16,
+    "train.batch-tokens": 64,
+    "train.steps": 4,
+    "train.device": "cpu",
+    "optim.warmup-steps": 1,
+    "eval.every": 2,
+    "sample.tokens": 4,
+    "track.log-every": 1,
+}
+WORDS = ["train", "demo", "--out", "run", "--json", *(f"--{k}={v}" for k, v in OPTIONS.items())]
 
 
 def test_a_finished_run_has_its_report_and_its_preset(

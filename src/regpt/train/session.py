@@ -40,7 +40,7 @@ from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import Listener, check_trackers, make_trackers
+from regpt.train.track import Listener, Tracker, check_trackers, make_trackers
 
 HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
@@ -294,11 +294,11 @@ def _trainer(
     found = ranks.together(lambda: _newest(run, facts, note) if ranks.main else None)
     step = found.step if found is not None else None
     tracked = to_dict(config)
-    trackers = ranks.together(
-        lambda: (
-            make_trackers(config.track, run.path, tracked, say=note, resumed_step=step) if ranks.main else []
-        )
-    )
+
+    def follow() -> list[Tracker]:
+        return make_trackers(config.track, run.path, tracked, say=note, resumed_step=step)
+
+    trackers = ranks.together(lambda: follow() if ranks.main else [])
     model = new_model(config, tokenizer.vocab_size)
     trainer = Trainer(
         config,
@@ -325,12 +325,10 @@ def _trainer(
         if ranks.main:
             tokenizer.save(run.tokenizer)
             all_facts = facts | {"text": text_identity(config)} | _text_facts(shards)
+            made_from = _preset_record(preset, config, before)
+            of_machine = dataclasses.asdict(machine)
             run.begin(
-                config=tracked,
-                preset=_preset_record(preset, config, before),
-                plan=as_dict(plan),
-                facts=all_facts,
-                machine=dataclasses.asdict(machine),
+                config=tracked, preset=made_from, plan=as_dict(plan), facts=all_facts, machine=of_machine
             )
 
     ranks.together(begin)
