@@ -113,6 +113,15 @@ def test_it_listens_on_the_loopback_alone_and_a_port_in_use_is_named(tmp_path: P
         Server([run], 70000)
 
 
+def test_it_can_be_started_again_at_once(tmp_path: Path) -> None:
+    """The connections that it closed still hold the port for a minute."""
+    run = write_run(tmp_path / "a", steps(1))
+    with serving(run) as server:
+        assert get(server)[0] == 200
+        port = server.server_port
+    Server([run], port).server_close()
+
+
 def test_ctrl_c_ends_it_well(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps(1))
     command = [sys.executable, "-m", "regpt", "report", str(run), "--watch", "--port", "0", "--json"]

@@ -27,6 +27,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 LABEL_HEIGHT = 14
 FLAT = 1e-9  # a range so small beside its values is none
 COLOURS = 8  # that page.css has
+SHAPES = (None, "M-3,-3h6v6h-6z", "M0,-4L4,3H-4z", "M0,-4.4L4.4,0L0,4.4L-4.4,0z")  # None: a circle
 MAIN_FIGURES = ("acc_norm_tokens", "acc_norm", "acc", "word_perplexity", "perplexity", "nats")
 
 
@@ -273,7 +274,7 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
     above = math.inf
     for b, y in of_baselines:  # the lowest first, each label over the one before
         above = min(y - 5, above - LABEL_HEIGHT)
-        parts.append(_baseline_label(b, above, width))
+        parts.append(_baseline_label(b, above))
     return "".join([*parts, "</svg>"])
 
 
@@ -305,11 +306,17 @@ def _baseline(y: float, width: int) -> str:
     return f'<line class="baseline" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
-def _baseline_label(b: Baseline, y: float, width: int) -> str:
-    return (
-        f'<text class="baseline-label" x="{width - RIGHT - 4}" y="{y:.1f}" text-anchor="end">'
-        f"{html.escape(b.label)} {said(b.value)}</text>"
-    )
+def _baseline_label(b: Baseline, y: float) -> str:
+    """At the left: losses come from above, scores from below, so it is free there."""
+    return f'<text class="baseline-label" x="{LEFT + 6}" y="{y:.1f}">{html.escape(b.label)} {said(b.value)}</text>'
+
+
+def marker(run: int, x: float, y: float) -> str:
+    """A point of a curve: a shape for each run, so that not colour alone tells them apart."""
+    shape = SHAPES[run % len(SHAPES)]
+    if shape is None:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+    return f'<path class="marker" d="{shape}" transform="translate({x:.1f},{y:.1f})"/>'
 
 
 def _path(points: Sequence[tuple[float, float] | None], line: dict[str, Any]) -> str:
@@ -324,6 +331,6 @@ def _path(points: Sequence[tuple[float, float] | None], line: dict[str, Any]) ->
     style = f'style="stroke:var(--c{line["colour"]})"'
     drawn = f'<path class="line {line["kind"]}" {style} d="{"".join(words)}"/>'
     if line["kind"] == "sparse":
-        dots = "".join(f'<circle cx="{p[0]:.1f}" cy="{p[1]:.1f}" r="3"/>' for p in points if p)
+        dots = "".join(marker(line["run"], *p) for p in points if p)
         drawn += f'<g style="fill:var(--c{line["colour"]})">{dots}</g>'
     return drawn

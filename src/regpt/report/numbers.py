@@ -147,6 +147,8 @@ def _group(members: Sequence[History], price: float | None) -> dict[str, Any]:
     for s in counted:
         for task, of_task in s["tasks"].items():
             for figure, value in of_task.items():
+                if figure.endswith("stderr"):  # of one run's rows: not a figure that seeds scatter
+                    continue
                 scores.setdefault(f"{task}.{figure}", []).append(value)
     figures |= {name: _mean_and_spread(v) for name, v in scores.items() if len(v) == len(counted)}
     return {

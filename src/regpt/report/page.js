@@ -88,6 +88,14 @@
     return made;
   }
 
+  // A shape for each run, so that not colour alone tells them apart; as `marker` of charts.py.
+  const SHAPES = [null, "M-3,-3h6v6h-6z", "M0,-4L4,3H-4z", "M0,-4.4L4.4,0L0,4.4L-4.4,0z"];
+  function marker(run, x, y, style) {
+    const shape = SHAPES[run % SHAPES.length], [left, top] = [x.toFixed(1), y.toFixed(1)];
+    if (shape === null) return node("circle", { cx: left, cy: top, r: 3, style });
+    return node("path", { class: "marker", d: shape, transform: `translate(${left},${top})`, style });
+  }
+
   const visible = (chart) => chart.lines.filter(
     (l) => !state.hidden.has(`run:${l.run}`) && !state.hidden.has(`line:${chart.id}:${l.kind}`)
       && (state.axis !== "flops" || data.runs[l.run].flops_per_token !== null));
@@ -202,7 +210,7 @@
       if (curve.style !== "sparse" || curve.x.length > 150) continue;
       for (let i = 0; i < curve.x.length; i++)
         if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to)
-          inside.append(node("circle", { cx: s.x(curve.x[i]).toFixed(1), cy: s.y(curve.y[i]).toFixed(1), r: 3, style: `fill:${colour}` }));
+          inside.append(marker(curve.line.run, s.x(curve.x[i]), s.y(curve.y[i]), `fill:${colour}`));
     }
     svg.append(inside);
     const baselines = [...chart.baselines].sort((p, q) => p.value - q.value);
@@ -211,7 +219,7 @@
     let above = Infinity; // the lowest first, each label over the one before
     for (const { label, value } of baselines) {
       above = Math.min(s.y(value) - 5, above - LABEL_HEIGHT);
-      svg.append(node("text", { class: "baseline-label", x: width - RIGHT - 4, y: above, "text-anchor": "end" }, `${label} ${said(value)}`));
+      svg.append(node("text", { class: "baseline-label", x: LEFT + 6, y: above }, `${label} ${said(value)}`));
     }
     const old = plot.querySelector("svg");
     if (old) old.replaceWith(svg); else plot.prepend(svg);
@@ -344,6 +352,7 @@
   const EVERY_MS = 2000;
   let tag = "";
   async function refresh() {
+    const began = performance.now();
     try {
       const answer = await fetch("data.json", { headers: tag ? { "If-None-Match": tag } : {}, cache: "no-store" });
       if (answer.status === 200) {
@@ -366,7 +375,7 @@
       live.className = "lost";
       live.textContent = "regpt report --watch has ended: this is what it showed last";
     }
-    setTimeout(refresh, EVERY_MS);
+    setTimeout(refresh, Math.max(EVERY_MS, 10 * (performance.now() - began))); // a tenth of the time at most
   }
   setTimeout(refresh, EVERY_MS);
 })();

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from regpt.report.charts import GIB, MAIN_FIGURES, Chart, chart_data, charts, exponent, said, svg
+from regpt.report.charts import (
+    COLOURS,
+    GIB,
+    MAIN_FIGURES,
+    Chart,
+    chart_data,
+    charts,
+    exponent,
+    marker,
+    said,
+    svg,
+)
 from regpt.report.history import History
 from regpt.report.numbers import NUMBERS, cautions, differing, flat_settings, groups, report_values, summary
 
@@ -224,7 +235,7 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
     several = len(histories) > 1
     legend = ""
     if several:
-        keys = "".join(_key(f"run:{i}", h.label, i % 8, "solid") for i, h in enumerate(histories))
+        keys = "".join(_key(f"run:{i}", h.label, i % COLOURS, "dots", i) for i, h in enumerate(histories))
         legend = f'<div class="legend" role="group" aria-label="runs">{keys}</div>'
     figures = []
     for chart, of_chart in zip(drawn, data["charts"], strict=True):
@@ -249,9 +260,9 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
     return f'{legend}<div class="charts">{"".join(figures)}</div>{hint}'
 
 
-def _key(toggle: str, name: str, colour: int, style: str) -> str:
-    width = {"thin": 1.4, "solid": 2.6, "dots": 2.2}[style]
-    dots = f'<circle cx="12" cy="5" r="3.2" style="fill:var(--c{colour})"/>' if style == "dots" else ""
+def _key(toggle: str, name: str, colour: int, style: str, run: int = 0) -> str:
+    width = {"thin": 1.4, "dots": 2.2}[style]
+    dots = f'<g style="fill:var(--c{colour})">{marker(run, 12, 5)}</g>' if style == "dots" else ""
     return (
         f'<button type="button" data-toggle="{toggle}" aria-pressed="true"><svg viewBox="0 0 24 10" aria-hidden="true">'
         f'<line x1="1" x2="23" y1="5" y2="5" style="stroke:var(--c{colour})" stroke-width="{width}"/>{dots}</svg>'

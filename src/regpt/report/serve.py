@@ -7,6 +7,7 @@ pointed at 127.0.0.1 (DNS rebinding) is not.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +27,8 @@ class Server(ThreadingHTTPServer):
     """Serves the report of some runs until it is shut down."""
 
     daemon_threads = True
-    allow_reuse_address = False  # on a port that another server has, this would take turns with it
+    # Started again at once, it gets its port back; on Windows this would let two servers share one.
+    allow_reuse_address = os.name != "nt"
 
     def __init__(self, runs: Sequence[Path], port: int, *, price: float | None = None) -> None:
         """Open the port; 0 takes one that is free.

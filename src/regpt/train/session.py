@@ -325,11 +325,8 @@ def _trainer(
         if ranks.main:
             tokenizer.save(run.tokenizer)
             all_facts = facts | {"text": text_identity(config)} | _text_facts(shards)
-            made_from = _preset_record(preset, config, before)
-            of_machine = dataclasses.asdict(machine)
-            run.begin(
-                config=tracked, preset=made_from, plan=as_dict(plan), facts=all_facts, machine=of_machine
-            )
+            parts = {"plan": as_dict(plan), "facts": all_facts, "machine": dataclasses.asdict(machine)}
+            run.begin(config=tracked, preset=_preset_record(preset, config, before), **parts)
 
     ranks.together(begin)
     return trainer
