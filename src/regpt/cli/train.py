@@ -16,6 +16,7 @@ import tyro
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
 from regpt.paths import user_path
+from regpt.report.terminal import LossPlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Args(CommonArgs):
     """Begin anew; what stands in the run directory is moved aside."""
     nproc: int = 1
     """Processes on this machine: one for each GPU, as torchrun would start them. Several machines: torchrun itself."""
+    no_plot: bool = False
+    """No plot of the loss over the progress bar. There is one on a terminal only, of 32 x 14 characters or more."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
@@ -52,7 +55,8 @@ def main(argv: list[str]) -> int:
     main_rank = (
         os.environ.get("RANK", "0") == "0"
     )  # the others are not heard, unless something is wrong with them
-    screen = Screen(Output(args if main_rank else dataclasses.replace(args, quiet=True)), args.config)
+    heard = args if main_rank else dataclasses.replace(args, quiet=True)
+    screen = Screen(Output(heard), args.config, plot=not args.no_plot)
     screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
     from regpt.train.session import train  # torch only from here on
 
@@ -95,13 +99,23 @@ def _some_prompt(config: Config) -> str:
     return f" {shlex.quote(prompt)}" if prompt else ""
 
 
+def _room_for_a_plot(out: Output) -> bool:
+    """Whether a frame can be drawn again and again in place, for a person who wants words."""
+    return (
+        not (out.quiet or out.json)
+        and sys.stderr.isatty()
+        and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
+
+
 class Screen:
     """Turns the events of a run into words on standard error: a live bar on a terminal, plain lines elsewhere."""
 
     LINE_EVERY_S = 5.0
 
-    def __init__(self, out: Output, config: Config) -> None:
+    def __init__(self, out: Output, config: Config, *, plot: bool = True) -> None:
         self.out, self.config = out, config
+        self.plot = LossPlot() if plot and _room_for_a_plot(out) else None
         self.bar: Any = None
         self.bar_context: Any = None
         self.last_line = 0.0
@@ -117,6 +131,8 @@ class Screen:
 
     def hear(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One event of the run."""
+        if self.plot is not None:
+            self.plot.hear(event, step, values)
         handler = getattr(self, f"on_{event}", None)
         if handler is not None:
             handler(step, values)
@@ -142,6 +158,10 @@ class Screen:
         self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
+        if self.plot is not None:
+            from regpt.train.run import RunDirectory
+
+            self.plot.read(RunDirectory(Path(values["run"])).lines.entries())
         if step >= values["total_steps"]:
             longer = "--train.steps N" if self.config.train.minutes is None else "--train.minutes N"
             self.out.info(
@@ -153,7 +173,8 @@ class Screen:
     def on_step(self, step: int, values: dict[str, Any]) -> None:
         total, minutes = values["total_steps"], self.config.train.minutes
         if self.bar is None and sys.stderr.isatty():
-            self._open_bar("training", *((total, "steps") if minutes is None else (60 * minutes, "s")))
+            amount, unit = (total, "steps") if minutes is None else (60 * minutes, "s")
+            self._open_bar("training", amount, unit, above=self.plot)
         numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
@@ -184,8 +205,8 @@ class Screen:
         self.sampled = True
         self.out.info(quoted(values))
 
-    def _open_bar(self, description: str, total: float, unit: str) -> None:
-        self.bar_context = self.out.progress(description, total, unit)
+    def _open_bar(self, description: str, total: float, unit: str, *, above: LossPlot | None = None) -> None:
+        self.bar_context = self.out.progress(description, total, unit, above=above)
         self.bar = self.bar_context.__enter__()
 
     def _close_bar(self) -> None:
