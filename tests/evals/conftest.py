@@ -85,7 +85,9 @@ def as_hugging_face(ours: GPT2) -> Any:
     weights = {}
     for name, p in ours.named_parameters():
         linear = name.endswith("weight") and ".c_" in name
-        weights["transformer." + name] = p[: ours.vocab_size] if name == "wte.weight" else p.T if linear else p
+        weights["transformer." + name] = (
+            p[: ours.vocab_size] if name == "wte.weight" else p.T if linear else p
+        )
     missing = theirs.load_state_dict(weights, strict=False)
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
     return theirs.eval()
@@ -116,7 +118,9 @@ def lm_eval(model: GPT2, files: Path, task: str, rows: Sequence[dict[str, Any]],
         data = folder / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for template in TASKS.iterdir():
-            text = template.read_text(encoding="utf-8").replace("DATA", str(data)).replace("CACHE", str(folder))
+            text = (
+                template.read_text(encoding="utf-8").replace("DATA", str(data)).replace("CACHE", str(folder))
+            )
             (folder / template.name).write_text(text, encoding="utf-8")
         theirs = GPT2TokenizerFast(str(files / "encoder.json"), str(files / "vocab.bpe"))
         found = simple_evaluate(

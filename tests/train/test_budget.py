@@ -19,7 +19,6 @@ from rank_child import said
 from rank_child import train as train_ranks
 
 from regpt.config import Config, EvalConfig, OptimConfig, SampleConfig, SaveConfig
-from regpt.data.split import TokenSplit
 from regpt.errors import ConfigError, Interrupted
 from regpt.infer.engine import Piece
 from regpt.optim.schedule import learning_rate
@@ -83,8 +82,8 @@ def timed(
     passing("save", lambda _: 0.1)
     guess = Trainer._eval_guess_s
 
-    def as_if_timed(self: Trainer, split: TokenSplit) -> float:
-        guess(self, split)
+    def as_if_timed(self: Trainer, tokens: int) -> float:
+        guess(self, tokens)
         return eval_s
 
     monkeypatch.setattr(Trainer, "_eval_guess_s", as_if_timed)

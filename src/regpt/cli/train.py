@@ -93,6 +93,17 @@ def quoted(sample: dict[str, Any]) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
+# Of a task's figures, those that a line has room for: the first that it has.
+HEADLINES = ("acc_norm", "acc", "word_perplexity", "perplexity")
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """A task's figure with its standard error; `regpt eval` and the log have all of them."""
+    name = next((name for name in HEADLINES if name in figures), next(iter(figures)))
+    error = figures.get(f"{name}_stderr")
+    return f"{name} {figures[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def _some_prompt(config: Config) -> str:
     """Of the run's own kind; nothing where it begins documents."""
     prompt = config.sample.prompt.strip()
@@ -200,6 +211,11 @@ class Screen:
             f"step {step:>6}  validation loss {values['val_loss']:.4f}  "
             f"perplexity {values['val_perplexity']:,.2f}  {values['val_bits_per_byte']:.4f} bits per byte{best}"
         )
+
+    def on_tasks(self, step: int, values: dict[str, Any]) -> None:
+        for task, figures in values.items():
+            if isinstance(figures, dict):
+                self.out.info(f"step {step:>6}  {task} {_headline(figures)}")
 
     def on_sample(self, step: int, values: dict[str, Any]) -> None:
         self.sampled = True
