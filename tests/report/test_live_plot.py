@@ -37,6 +37,8 @@ with screen:
         screen.hear("step", step, values | {"elapsed_s": 1.0, "lr": 1e-3})
         if step % 20 == 0:
             screen.hear("eval", step, {"val_loss": 3.0, "val_perplexity": 20.0, "val_bits_per_byte": 1.0, "best": True})
+            figures = {"acc": 0.31, "acc_norm": 0.2945, "acc_norm_stderr": 0.00455, "rows": 10042}
+            screen.hear("tasks", step, {"tokens": 1, "hellaswag": figures, "lambada": {"acc": 0.5}, "tasks_s": 1.0})
         if screen.bar is not None and hasattr(screen.bar, "bar"):
             if "resized" in sys.argv:
                 size(*{10: (30, 60), 20: (10, 20), 30: (40, 120)}.get(step, (40, 120)))
@@ -120,6 +122,7 @@ def test_a_terminal_may_change_its_size() -> None:
 
 def test_into_a_file_no_frame_is_drawn(tmp_path: Path) -> None:
     with (tmp_path / "said").open("w") as file:
-        subprocess.run([sys.executable, "-c", CHILD], stderr=file, check=True)
-    said = (tmp_path / "said").read_text()
+        subprocess.run([sys.executable, "-c", CHILD], stderr=file, env=os.environ | PLAIN, check=True)
+    said = (tmp_path / "said").read_text(encoding="utf-8")
     assert said.startswith("step      1/40  loss 3.9500") and "\x1b" not in said
+    assert "step     20  hellaswag acc_norm 0.2945 ± 0.0046\nstep     20  lambada acc 0.5000\n" in said

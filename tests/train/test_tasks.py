@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,21 @@ from regpt.evals.choices import MultipleChoice
 from regpt.evals.tasks import open_task
 from regpt.train import session, tasks
 from regpt.train.budget import pause_periods
+from regpt.train.dist import Ranks
 from regpt.train.load import load_model
 from regpt.train.machine import probe, using
 from regpt.train.plan import make_plan
-from regpt.train.tasks import evaluations, passing_tokens, tasks_time_s
+from regpt.train.tasks import evaluations, open_tasks, passing_tokens, tasks_time_s
+from tiny import tiny_hellaswag
 
 ROWS = 12
 forks = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
 
 
-def hellaswag(n: int = ROWS) -> str:
-    """Rows as they are published, of the text's own words."""
-    endings = ["went out one day", "far away", "over hills", "and the"]
-    return "".join(
-        json.dumps(
-            {
-                "ind": i,
-                "activity_label": "Ducks",
-                "ctx_a": f"{i} little",
-                "ctx_b": "ducks",
-                "ctx": f"{i} little ducks",
-                "endings": endings[i % 4 :] + endings[: i % 4],
-                "label": i % 3,
-            }
-        )
-        + "\n"
-        for i in range(n)
-    )
-
-
 @pytest.fixture
 def config(tiny_run: Config, one_thread: None) -> Config:
     """Twelve rows in micro-batches of two, which two and three ranks may share; tasks after 5 steps and at the end, 8."""
-    Path("hellaswag_val.jsonl").write_text(hellaswag(), encoding="utf-8")
+    Path("hellaswag_val.jsonl").write_text(tiny_hellaswag(ROWS), encoding="utf-8")
     return dataclasses.replace(
         tiny_run,
         train=dataclasses.replace(tiny_run.train, steps=8, batch_tokens=12 * 32, micro_rows=2, threads=1),
@@ -236,6 +219,21 @@ def test_without_internet_a_task_that_is_asked_for_ends_the_run_before_it_begins
     with pytest.raises(DataError, match=r"^hellaswag could not be downloaded"):
         session.train(with_eval(config, tasks_data=None), "run")
     assert not Path("run").exists() and not Path("data").exists()
+
+
+def test_where_another_host_has_no_internet_all_leave_the_task_out(config: Config) -> None:
+    """Whoever has the file would wait for ever for those who have not."""
+
+    class Two(Ranks):
+        def largest(self, value: int) -> int:
+            return max(value, 2)  # rank 1 has none
+
+        def together(self, work: Callable[[], Any]) -> Any:
+            return work()
+
+    heard: list[str] = []
+    assert open_tasks(config.eval, Two(world=2), heard.append) == []
+    assert heard == ["hellaswag is left out (eval.tasks_required=false): rank 1 could not have its file."]
 
 
 # --- on several ranks ------------------------------------------------------------------------------------------------
