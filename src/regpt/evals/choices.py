@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regpt.errors import DataError
 from regpt.evals.figures import Figure, mean
@@ -165,12 +166,13 @@ def open_arc_easy(data: Path | None, limit: int | None) -> MultipleChoice:
 
 
 def _arc(row: Row) -> Question:
-    stem, choices = row.values.get("question"), row.values.get("choices")
+    stem: Any = row.values.get("question")
+    choices: Any = row.values.get("choices")
     if isinstance(stem, dict):  # AI2's: {"stem": …, "choices": [{"text": …, "label": …}, …]}
         stem, choices = stem.get("stem"), stem.get("choices")
-    if isinstance(choices, list) and all(isinstance(c, dict) for c in choices):
-        listed = choices
-        choices = {name: [c.get(name) for c in listed] for name in ("text", "label")}
+    if isinstance(choices, list):
+        each = [c for c in choices if isinstance(c, dict)]
+        choices = {name: [c.get(name) for c in each] for name in ("text", "label")}
     if not isinstance(stem, str):
         row.get("question", str)
         raise row.wrong("question", "a text")

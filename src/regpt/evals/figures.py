@@ -32,6 +32,8 @@ class TaskResult:
     rows: int
     """Questions, passages or pages that were scored; of a loss, its tokens."""
     seconds: float
+    counted: str = "rows"
+    """What `rows` are; the key in JSON."""
     cut: int = 0
     """Rows that did not fit into the model's context: the end of them was scored."""
 
@@ -41,7 +43,8 @@ class TaskResult:
         values |= {f"{n}_stderr": f.stderr for n, f in self.figures.items() if f.stderr is not None}
         if (stderr := self.figures[self.headline].stderr) is not None:
             values["stderr"] = stderr
-        return values | {"rows": self.rows, "cut": self.cut, "seconds": self.seconds}
+        values |= {self.counted: self.rows, "seconds": self.seconds}
+        return values | ({"cut": self.cut} if self.cut else {})
 
 
 def mean(values: Sequence[float]) -> Figure:

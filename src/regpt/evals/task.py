@@ -41,11 +41,19 @@ class Task(ABC):
     def figures(self, answers: Answers) -> dict[str, Figure]:
         """What the answers come to."""
 
-    def evaluate(self, model: LanguageModel, tokenizer: Tokenizer, **options: Unpack[Options]) -> TaskResult:
+    def evaluate(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        parts: Parts | None = None,
+        **options: Unpack[Options],
+    ) -> TaskResult:
         """Ask `model` about every row.
 
         Args:
             tokenizer: the one that the model was trained with.
+            parts: what `requests` gave, where that was asked before.
             options: the keywords of `likelihood.score`.
 
         Raises:
@@ -54,7 +62,7 @@ class Task(ABC):
         begun = time.perf_counter()
         require_tokenizer(model, tokenizer)
         block_size = model.config.block_size
-        parts = self.requests(tokenizer, block_size)
+        parts = self.requests(tokenizer, block_size) if parts is None else parts
         flat = [request for rows in parts.values() for row in rows for request in row]
         scored = iter(score(model, flat, **options))
         answers = {part: [[next(scored) for _ in row] for row in rows] for part, rows in parts.items()}

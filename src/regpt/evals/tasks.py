@@ -12,12 +12,10 @@ from regpt.evals.figures import Figure as Figure
 from regpt.evals.figures import TaskResult as TaskResult
 from regpt.evals.files import Files
 from regpt.evals.lambada import LAMBADA, open_lambada
+from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.task import Task as Task
 from regpt.evals.wikitext import WIKITEXT, open_wikitext
 from regpt.paths import user_path
-
-LOSS = "loss"
-"""The loss over a split (`evals/loss.py`), which the command line names beside the tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,8 @@ TASKS = {
     "arc_easy": Named(open=open_arc_easy, files=ARC_EASY),
     "piqa": Named(open=open_piqa, files=PIQA),
 }
+
+assert set(TASKS) == set(TASK_NAMES)
 
 
 def open_task(name: str, data: Path | None = None, rows: int | None = None) -> Task:
