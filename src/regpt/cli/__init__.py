@@ -18,6 +18,7 @@ from regpt.errors import PeerFailed, RegptError, UsageError, did_you_mean
 COMMANDS = {
     "train": "train a model (no preset: demo): prepare if needed, train, evaluate, sample",
     "sample": "generate text from a run",
+    "eval": "loss, WikiText, LAMBADA, HellaSwag, ARC-easy and PIQA of a run, with confidence intervals",
     "prepare": "turn text into token shards",
     "merge": "join slices that many machines prepared",
     "convert": "token files of other programs into one another, and into or out of our shards",

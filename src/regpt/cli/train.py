@@ -17,6 +17,7 @@ from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
 from regpt.config import Config, load_preset
 from regpt.errors import Interrupted, TrainingDiverged
 from regpt.paths import user_path
+from regpt.report.terminal import LossPlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Args(CommonArgs):
     """Begin anew; what stands in the run directory is moved aside."""
     nproc: int = 1
     """Processes on this machine: one for each GPU, as torchrun would start them. Several machines: torchrun itself."""
+    no_plot: bool = False
+    """No plot of the loss over the progress bar. There is one on a terminal only, of 32 x 14 characters or more."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
     main_rank = (
         os.environ.get("RANK", "0") == "0"
     )  # the others are not heard, unless something is wrong with them
-    screen = Screen(Output(args if main_rank else dataclasses.replace(args, quiet=True)), args.config)
+    heard = args if main_rank else dataclasses.replace(args, quiet=True)
+    screen = Screen(Output(heard), args.config, plot=not args.no_plot)
     screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
     from regpt.train.session import train  # torch only from here on
 
@@ -112,10 +116,30 @@ def quoted(sample: dict[str, Any]) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
+# Of a task's figures, those that a line has room for: the first that it has.
+HEADLINES = ("acc_norm", "acc", "word_perplexity", "perplexity")
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """A task's figure with its standard error; `regpt eval` and the log have all of them."""
+    name = next((name for name in HEADLINES if name in figures), next(iter(figures)))
+    error = figures.get(f"{name}_stderr")
+    return f"{name} {figures[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def _some_prompt(config: Config) -> str:
     """Of the run's own kind; nothing where it begins documents."""
     prompt = config.sample.prompt.strip()
     return f" {shlex.quote(prompt)}" if prompt else ""
+
+
+def _room_for_a_plot(out: Output) -> bool:
+    """Whether a frame can be drawn again and again in place, for a person who wants words."""
+    return (
+        not (out.quiet or out.json)
+        and sys.stderr.isatty()
+        and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
 
 
 class Screen:
@@ -123,8 +147,9 @@ class Screen:
 
     LINE_EVERY_S = 5.0
 
-    def __init__(self, out: Output, config: Config) -> None:
+    def __init__(self, out: Output, config: Config, *, plot: bool = True) -> None:
         self.out, self.config = out, config
+        self.plot = LossPlot() if plot and _room_for_a_plot(out) else None
         self.bar: Any = None
         self.bar_context: Any = None
         self.last_line = 0.0
@@ -140,6 +165,8 @@ class Screen:
 
     def hear(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One event of the run."""
+        if self.plot is not None:
+            self.plot.hear(event, step, values)
         handler = getattr(self, f"on_{event}", None)
         if handler is not None:
             handler(step, values)
@@ -165,6 +192,10 @@ class Screen:
         self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
+        if self.plot is not None:
+            from regpt.train.run import RunDirectory
+
+            self.plot.read(RunDirectory(Path(values["run"])).lines.entries())
         if step >= values["total_steps"]:
             longer = "--train.steps N" if self.config.train.minutes is None else "--train.minutes N"
             self.out.info(
@@ -176,7 +207,8 @@ class Screen:
     def on_step(self, step: int, values: dict[str, Any]) -> None:
         total, minutes = values["total_steps"], self.config.train.minutes
         if self.bar is None and sys.stderr.isatty():
-            self._open_bar("training", *((total, "steps") if minutes is None else (60 * minutes, "s")))
+            amount, unit = (total, "steps") if minutes is None else (60 * minutes, "s")
+            self._open_bar("training", amount, unit, above=self.plot)
         numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
@@ -203,12 +235,17 @@ class Screen:
             f"perplexity {values['val_perplexity']:,.2f}  {values['val_bits_per_byte']:.4f} bits per byte{best}"
         )
 
+    def on_tasks(self, step: int, values: dict[str, Any]) -> None:
+        for task, figures in values.items():
+            if isinstance(figures, dict):
+                self.out.info(f"step {step:>6}  {task} {_headline(figures)}")
+
     def on_sample(self, step: int, values: dict[str, Any]) -> None:
         self.sampled = True
         self.out.info(quoted(values))
 
-    def _open_bar(self, description: str, total: float, unit: str) -> None:
-        self.bar_context = self.out.progress(description, total, unit)
+    def _open_bar(self, description: str, total: float, unit: str, *, above: LossPlot | None = None) -> None:
+        self.bar_context = self.out.progress(description, total, unit, above=above)
         self.bar = self.bar_context.__enter__()
 
     def _close_bar(self) -> None:

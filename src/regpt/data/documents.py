@@ -455,6 +455,13 @@ def text_rows(stored: Path | RangedFile, text_field: str) -> Iterator[tuple[floa
                 yield done / total, None if raw is None else raw.decode("utf-8", "replace")
 
 
+def parquet_rows(stored: Path) -> Iterator[dict[str, Any]]:
+    """Every row of a parquet file with all its fields. Raises DataError where it is damaged."""
+    with _parquet_file(stored) as file:
+        for batch in file.iter_batches(1024, use_threads=False):
+            yield from batch.to_pylist()
+
+
 def _parquet(part: Part, skipped: Counter[str], stored: Path | RangedFile) -> Iterator[Document]:
     with _parquet_file(stored) as file:
         groups = range(part.start, part.end)

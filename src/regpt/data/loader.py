@@ -183,6 +183,37 @@ def eval_batches(
         yield torch.from_numpy(x).view(-1, block_size), torch.from_numpy(y).view(-1, block_size)
 
 
+def strided_batches(
+    split: TokenSplit, context: int, stride: int, rows: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The whole split in order, in windows that overlap: every id but the first is a target once, the others IGNORE.
+
+    Window w begins at id w * stride; of all but the first only the last `stride` targets count, so each has at least
+    context - stride ids before it.
+
+    Args:
+        stride: at most `context`; equal to it, the windows are those of `eval_batches`.
+        rows, rank, world: as of `eval_batches`.
+
+    Yields:
+        x, y: (at most rows, context) int64; behind the split's end x is 0 and y is IGNORE.
+    """
+    targets = split.n_tokens - 1
+    windows = 1 + -(-max(targets - context, 0) // stride)
+    firsts = range(0, windows, rows)
+    for turn in range(-(-len(firsts) // world)):
+        place = turn * world + rank
+        own = range(firsts[place], min(firsts[place] + rows, windows)) if place < len(firsts) else range(0)
+        x = np.zeros((max(len(own), 1), context), dtype=np.int64)
+        y = np.full_like(x, IGNORE)
+        for row, window in enumerate(own):
+            n = min(context, targets - window * stride)
+            scored = 0 if window == 0 else context - stride
+            ids = split.read(window * stride, n + 1)
+            x[row, :n], y[row, scored:n] = ids[:-1], ids[1 + scored :]
+        yield torch.from_numpy(x), torch.from_numpy(y)
+
+
 def _check_length(split: TokenSplit, block_size: int) -> None:
     if split.n_tokens < block_size + 1:
         raise ConfigError(

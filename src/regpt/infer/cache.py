@@ -92,3 +92,39 @@ class KVCache:
         if self.ids is not None:
             self.ids = self.ids[list(rows)]
         self.kv, self.rows = self.kv[:, :, : len(rows)], len(rows)
+
+
+class Continued:
+    """The `KVLayers` of one pass over rows that each continue a row of a `KVCache`; nothing is stored.
+
+    Several may continue the same row: choices of one question. Its keys and values are copied a layer at a time, as long
+    as that layer needs them.
+
+    Args:
+        cache: what stands before; it is not changed.
+        rows: (B,) int64, on its device: which of its rows each row continues.
+    """
+
+    def __init__(self, cache: KVCache, rows: Tensor) -> None:
+        self.cache, self.rows = cache, rows
+
+    @property
+    def length(self) -> int:
+        """Positions that stand before."""
+        return self.cache.length
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, H, T, D) behind what the cache has: (B, H, S, D)."""
+        stored = self.cache.kv[:, layer, :, :, : self.length]  # (2, rows, H, length, D)
+        before = stored.index_select(1, self.rows).to(k.dtype)
+        return torch.cat((before[0], k), dim=2), torch.cat((before[1], v), dim=2)
+
+    def with_previous(self, ids: Tensor, before: int) -> Tensor:
+        """ids (B, T) behind the `before` ids that stand before them, (B, before + T), -1 for none."""
+        assert self.cache.ids is not None
+        # `before` columns of -1 stand before the first position.
+        previous = self.cache.ids[:, self.length : self.length + before]
+        return torch.cat((previous.index_select(0, self.rows), ids), dim=1)
+
+    def advance(self, positions: int) -> None:
+        """One pass is all there is."""

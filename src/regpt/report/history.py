@@ -18,6 +18,7 @@ from regpt.train.run import RunDirectory
 
 Numbers = NDArray[np.float64]
 OF_STEP = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
+PLACED = ("tasks", "eval", "step")  # a step's own line counts last
 OF_EVAL = ("val_loss", "val_bits_per_byte")
 
 
@@ -125,7 +126,7 @@ def _read(path: Path, label: str, may_be_empty: bool) -> History:
     notes = [
         (e["step"], e["text"]) for e in entries if e.get("event") == "note" and isinstance(e.get("text"), str)
     ]
-    elapsed = [_number(e.get("elapsed_s")) for e in entries if e.get("event") == "step"]
+    elapsed = [_number(e.get("elapsed_s")) for e in entries if e.get("event") in PLACED]
     return History(
         path=path,
         label=label,
@@ -172,9 +173,11 @@ def _series(entries: Iterable[dict[str, Any]]) -> dict[str, Series]:
     for entry in entries:
         if isinstance(event := entry.get("event"), str):
             by_event[event][entry["step"]] = entry
-    steps = [by_event["step"][s] for s in sorted(by_event["step"])]
+    # Every event that says how far training had come; of an older run, its steps alone.
+    placed = {e["step"]: e for event in PLACED for e in by_event[event].values() if "tokens" in e}
+    places = [placed[s] for s in sorted(placed)]
     clock = {
-        k: np.array([0, *(_number(e.get(k)) for e in steps)], np.float64)
+        k: np.array([0, *(_number(e.get(k)) for e in places)], np.float64)
         for k in ("step", "tokens", "time_s")
     }
     found: dict[str, Series] = {}

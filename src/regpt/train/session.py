@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from regpt.errors import (
     RegptError,
     TrainingDiverged,
 )
+from regpt.evals.task import Task
 from regpt.models import build_model
 from regpt.paths import nearest_existing, user_path
 from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
@@ -40,6 +41,7 @@ from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
+from regpt.train.tasks import check_tasks, open_tasks, task_names
 from regpt.train.track import Listener, Tracker, check_trackers, make_trackers
 
 HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
@@ -116,11 +118,7 @@ def _train(
 ) -> TrainResult:
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
-    ranks.together(
-        lambda: check_memory(
-            make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world), machine
-        )
-    )
+    ranks.together(lambda: _check_settings(config, machine, ranks))
     run = RunDirectory(out)
 
     def check() -> Path | None:
@@ -130,12 +128,15 @@ def _train(
         _check_place(run)
         return None if fresh else _check_same_run(run, config, listen)
 
-    kept = run.tokenizer if ranks.from_main(ranks.together(check) is not None) else None
+    found = ranks.from_main(ranks.together(check) is not None)
+    tasks = open_tasks(config.eval, ranks, lambda text: listen("note", 0, {"text": text}))
+    kept = run.tokenizer if found else None
     tokenizer, shards = ranks.first_on_each_host(
         lambda: corpus(config, listen, kept_tokenizer=kept, verify=ranks.local_rank == 0)
     )
     # A character that the tokenizer lacks is refused now, not at a sample.
     ranks.together(lambda: tokenizer.encode(config.sample.prompt))
+    ranks.together(lambda: check_tasks(tasks, config, tokenizer))
     loader = ranks.together(
         lambda: Loader(
             shards.split("train"),
@@ -157,13 +158,20 @@ def _train(
             plan = _same_compile(plan, config, machine, run, ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
             trainer = _trainer(
-                config, plan, machine, tokenizer, shards, loader, run, preset, listen, stop, ranks
+                config, plan, machine, tokenizer, shards, loader, tasks, run, preset, listen, stop, ranks
             )
             try:
                 trainer.run()
             finally:
                 trainer.close()
         return _result(trainer, run)
+
+
+def _check_settings(config: Config, machine: Machine, ranks: Ranks) -> None:
+    """Refuse settings that contradict each other or name what there is not, and a model far too large."""
+    plan = make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world)
+    check_memory(plan, machine)
+    task_names(config.eval)
 
 
 def _plan(config: Config, machine: Machine, vocab_size: int, shards: TokenSet, ranks: Ranks) -> Plan:
@@ -278,6 +286,7 @@ def _trainer(
     tokenizer: Tokenizer,
     shards: TokenSet,
     loader: Loader,
+    tasks: Sequence[Task],
     run: RunDirectory,
     preset: Preset | None,
     listen: Listener,
@@ -308,6 +317,7 @@ def _trainer(
         tokenizer,
         loader,
         shards.split("val") if "val" in shards.splits else None,
+        tasks,
         run=run,
         facts=facts,
         trackers=trackers,

@@ -1,0 +1,106 @@
+"""lm-eval beside us: the same weights in a Hugging Face model, the same rows in a task file of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import lzma
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regpt.models.gpt2 import GPT2
+
+# Where lm-eval keeps the tasks, and which split of theirs is scored.
+THEIRS = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", "validation"),
+    "arc_easy": ("arc/arc_easy.yaml", "test"),
+    "piqa": ("piqa/piqa.yaml", "validation"),
+    "lambada": ("lambada/lambada_openai.yaml", "test"),
+    "wikitext": ("wikitext/wikitext.yaml", "test"),
+}
+
+
+def as_hugging_face(ours: GPT2) -> Any:
+    """The same weights in transformers' GPT2LMHeadModel."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = ours.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=ours.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+        )
+    )
+    weights = {}
+    for name, p in ours.named_parameters():
+        linear = name.endswith("weight") and ".c_" in name
+        weights["transformer." + name] = (
+            p[: ours.vocab_size] if name == "wte.weight" else p.T if linear else p
+        )
+    missing = theirs.load_state_dict(weights, strict=False)
+    assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
+    return theirs.eval()
+
+
+@dataclass(frozen=True)
+class Harness:
+    """lm-eval's answers to one task."""
+
+    figures: dict[str, Any]
+    logprobs: list[list[tuple[float, bool]]]
+    """Of each row, of each of its requests."""
+
+
+def lm_eval(model: GPT2, files: Path, task: str, rows: Sequence[dict[str, Any]], folder: Path) -> Harness:
+    """lm-eval's own definition of `task` on `rows`, with its own Hugging Face model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its libraries, about themselves
+        import datasets
+        import lm_eval as package
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from transformers import GPT2TokenizerFast
+
+        datasets.disable_progress_bars()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        definition, split = THEIRS[task]
+        data = folder / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        local: dict[str, Any] = {
+            "include": str(Path(package.__file__).parent / "tasks" / definition),
+            "task": f"local_{task}",
+            "tag": None,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(data)}, "cache_dir": str(folder / "cache")},
+            **dict.fromkeys({"training_split", "validation_split", "test_split"} - {f"{split}_split"}),
+        }
+        if task in ("hellaswag", "arc_easy", "piqa"):
+            names = ("acc", "acc_norm", "acc_bytes")
+            local["metric_list"] = [
+                {"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names
+            ]
+        (folder / "local.yaml").write_text(json.dumps(local), encoding="utf-8")
+        theirs = GPT2TokenizerFast(str(files / "encoder.json"), str(files / "vocab.bpe"))
+        found = package.simple_evaluate(
+            HFLM(pretrained=as_hugging_face(model), tokenizer=theirs, batch_size=4, device="cpu"),
+            tasks=[f"local_{task}"],
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            bootstrap_iters=0,
+        )
+    samples = sorted(found["samples"][f"local_{task}"], key=lambda s: s["doc_id"])
+    answers = [s["filtered_resps"] for s in samples]
+    logprobs = [[tuple(a) if isinstance(a, tuple | list) else (a, False) for a in row] for row in answers]
+    return Harness(found["results"][f"local_{task}"], logprobs)
+
+
+def packed_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows of a packed file of JSON lines."""
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
