@@ -43,6 +43,14 @@ def test_scores_of_tasks_are_series_of_their_own(tmp_path: Path) -> None:
     (history,) = read_histories([write_run(tmp_path / "a", [*steps(5), scored])])
     assert history.series["hellaswag.acc"].value.tolist() == [0.25]
     assert not [name for name in history.series if "rows" in name or "tasks_s" in name]
+    assert history.rows == {"hellaswag": 100}
+
+
+def test_an_evaluation_that_says_how_far_training_had_come_is_believed(tmp_path: Path) -> None:
+    line = evaluation(15, 3.5) | {"tokens": 77, "time_s": 7.5, "elapsed_s": 99.0}
+    (history,) = read_histories([write_run(tmp_path / "a", [*steps(3, every=10), line])])
+    val = history.series["val_loss"]
+    assert (val.tokens[0], val.time_s[0], history.elapsed_s) == (77, 7.5, 99.0)
 
 
 def test_what_cannot_be_read_is_passed_over_and_counted(tmp_path: Path) -> None:

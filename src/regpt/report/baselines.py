@@ -31,8 +31,9 @@ def loss_baselines(histories: Sequence[History]) -> list[Baseline]:
 
 
 def task_baselines(histories: Sequence[History], task: str, figure: str) -> list[Baseline]:
-    """Scores of one task by the same figure, of models of about the runs' size."""
-    return _lines([f for f in figures(task) if f.figure == figure], histories)
+    """Scores of one task by the same figure on no fewer rows, of models of about the runs' size."""
+    rows = min((h.rows[task] for h in histories if task in h.rows), default=0)
+    return _lines([f for f in figures(task) if f.figure == figure and rows >= (f.rows or 0)], histories)
 
 
 def _same_text(f: Published, history: History) -> bool:

@@ -140,7 +140,9 @@ def _task_charts(histories: Sequence[History]) -> list[Chart]:
     made = []
     for task, there in figures.items():
         for figure in [f for f in MAIN_FIGURES if f in there][:1]:
-            chart = _one(histories, f"{task}.{figure}", task, figure, "sparse")
+            rows = [h.rows[task] for h in histories if task in h.rows]
+            unit = f"{figure}, {min(rows):,} rows" if rows else figure
+            chart = _one(histories, f"{task}.{figure}", task, unit, "sparse")
             chart.baselines.extend(task_baselines(histories, task, figure))
             made.append(chart)
     return made

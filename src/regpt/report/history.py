@@ -18,6 +18,7 @@ from regpt.train.run import RunDirectory
 
 Numbers = NDArray[np.float64]
 OF_STEP = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
+NO_FIGURES = ("rows", "seconds", "cut")  # what a task says beside its figures
 PLACED = ("tasks", "eval", "step")  # a step's own line counts last
 OF_EVAL = ("val_loss", "val_bits_per_byte")
 
@@ -56,6 +57,8 @@ class History:
     """What was said on the way, with its step."""
     elapsed_s: float | None
     """Of everything, over all sittings."""
+    rows: dict[str, int]
+    """Of each task, how many were scored last."""
     damaged_lines: int
     """Lines of log.jsonl that could not be read."""
 
@@ -135,6 +138,7 @@ def _read(path: Path, label: str, may_be_empty: bool) -> History:
         samples=sorted(samples, key=lambda e: e["step"]),
         notes=notes,
         elapsed_s=max((e for e in elapsed if math.isfinite(e)), default=None),
+        rows=_rows(entries),
         damaged_lines=damaged,
     )
 
@@ -195,11 +199,29 @@ def _series(entries: Iterable[dict[str, Any]]) -> dict[str, Series]:
             add(name, lines, [_number(e[name]) for e in lines])
     scored = [e for _, e in sorted(by_event["tasks"].items())]
     figures = {
-        (t, f): 0 for e in scored for t, fs in e.items() if isinstance(fs, dict) for f in fs if f != "rows"
+        (task, figure): None
+        for entry in scored
+        for task, of_task in entry.items()
+        if isinstance(of_task, dict)
+        for figure in of_task
+        if figure not in NO_FIGURES
     }
     for task, figure in figures:
         lines = [e for e in scored if isinstance(e.get(task), dict) and figure in e[task]]
         add(f"{task}.{figure}", lines, [_number(e[task][figure]) for e in lines])
+    return found
+
+
+def _rows(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Of each task, the rows that its last evaluation scored."""
+    found: dict[str, int] = {}
+    for entry in entries:
+        if entry.get("event") == "tasks":
+            found |= {
+                t: of["rows"]
+                for t, of in entry.items()
+                if isinstance(of, dict) and type(of.get("rows")) is int
+            }
     return found
 
 
