@@ -175,6 +175,19 @@ def test_a_part_can_be_enlarged(show: Any, run: Path) -> None:
     assert shown.complaints == []
 
 
+def test_a_score_has_its_standard_error(show: Any, tmp_path: Path) -> None:
+    scored = {"event": "tasks", "step": 3, "hellaswag": {"acc": 0.25, "acc_stderr": 0.01, "rows": 1875}}
+    shown = show(write_run(tmp_path / "a", [*steps(3), scored]))
+    plot = shown.page.locator('[data-plot="hellaswag.acc"]')
+    assert plot.locator(".error").count() == 1
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    shown.page.mouse.move(box["x"] + 200, box["y"] + 60)
+    assert "hellaswag 0.25 ± 0.01 at step 3" in plot.inner_text()
+    assert "acc, 1,875 rows" in shown.page.inner_text("#charts")
+    assert shown.complaints == []
+
+
 def test_the_legend_hides_curves(show: Any, tmp_path: Path, run: Path) -> None:
     other = write_run(tmp_path / "b", [*steps(30, loss=5.0), evaluation(30, 3.0)])
     shown = show(run, other)

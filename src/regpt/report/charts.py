@@ -42,6 +42,8 @@ class Line:
     """`noisy`: one value a step, smoothed on demand. `sparse`: measured now and then, drawn with points."""
     colour: int
     series: Series
+    error: Series | None = None
+    """Standard errors of the same values."""
     scale: float = 1.0
 
 
@@ -122,12 +124,20 @@ def _one(
             kind=kind,
             colour=i % COLOURS if several else int(kind == "sparse"),
             series=h.series[name],
+            error=_error(h, name),
             scale=scale,
         )
         for i, h in enumerate(histories)
         if name in h.series
     ]
     return Chart(id=name, title=title, unit=unit, lines=lines, log=log)
+
+
+def _error(history: History, name: str) -> Series | None:
+    """The standard errors of a task's figure, where each of its values has one."""
+    error = history.series.get(f"{name}_stderr")
+    of_same_steps = error is not None and np.array_equal(error.step, history.series[name].step)
+    return error if of_same_steps else None
 
 
 def _task_charts(histories: Sequence[History]) -> list[Chart]:
@@ -182,6 +192,8 @@ def _line_data(line: Line, buckets: int) -> dict[str, Any]:
     data: dict[str, Any] = {"run": line.run, "name": line.name, "kind": line.kind, "colour": line.colour}
     data |= {k: _rounded(getattr(s, k)[kept]) for k in ("step", "tokens", "time_s")}
     data["y"] = _rounded(s.value[kept] * line.scale)
+    if line.error is not None:
+        data["error"] = _rounded(line.error.value[kept] * line.scale)
     if len(kept) < len(s.value) and line.kind == "noisy":  # the mean of extremes is not the mean
         data["mean"] = {k: _rounded(means(getattr(s, k), buckets)) for k in ("step", "tokens", "time_s")}
         data["mean"]["y"] = _rounded(means(s.value, buckets) * line.scale)

@@ -117,9 +117,13 @@
   // Without spreading arrays into arguments, of which there are too many.
   function extent(arrays, keep) {
     let low = Infinity, high = -Infinity;
-    for (const { x, y } of arrays)
-      for (let i = 0; i < y.length; i++)
-        if (y[i] !== null && keep(x[i], y[i])) { if (y[i] < low) low = y[i]; if (y[i] > high) high = y[i]; }
+    for (const { x, y, line } of arrays)
+      for (let i = 0; i < y.length; i++) {
+        if (y[i] === null || !keep(x[i], y[i])) continue;
+        const error = (line.error && line.error[i]) || 0;
+        low = Math.min(low, keep(x[i], y[i] - error) ? y[i] - error : y[i]);
+        high = Math.max(high, y[i] + error);
+      }
     return [low, high];
   }
 
@@ -209,8 +213,14 @@
       inside.append(node("path", { class: `line ${curve.style}${soft}`, style: `stroke:${colour}`, d: pathOf(curve, s) }));
       if (curve.style !== "sparse" || curve.x.length > 150) continue;
       for (let i = 0; i < curve.x.length; i++)
-        if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to)
-          inside.append(marker(curve.line.run, s.x(curve.x[i]), s.y(curve.y[i]), `fill:${colour}`));
+        if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to) {
+          const x = s.x(curve.x[i]), error = curve.line.error && curve.line.error[i];
+          if (error) { // one standard error to either side
+            const [y1, y2] = [curve.y[i] - error, curve.y[i] + error].map((v) => s.y(s.log ? Math.max(v, s.low) : v));
+            inside.append(node("line", { class: "error", x1: x, x2: x, y1, y2, style: `stroke:${colour}` }));
+          }
+          inside.append(marker(curve.line.run, x, s.y(curve.y[i]), `fill:${colour}`));
+        }
     }
     svg.append(inside);
     const baselines = [...chart.baselines].sort((p, q) => p.value - q.value);
@@ -255,7 +265,8 @@
       const row = document.createElement("div"), dot = document.createElement("i");
       dot.style.background = `var(--c${curve.line.colour})`;
       const step = curve.style === "sparse" ? ` at step ${(curve.line.step[i] || 0).toLocaleString("en")}` : "";
-      row.append(dot, `${curve.line.name} ${said(curve.y[i])}${step}`);
+      const error = curve.line.error && curve.line.error[i] ? ` ± ${said(curve.line.error[i])}` : "";
+      row.append(dot, `${curve.line.name} ${said(curve.y[i])}${error}${step}`);
       tip.append(row);
     }
     tip.hidden = false;
