@@ -257,7 +257,7 @@
     svg.querySelectorAll(".cursor").forEach((c) => c.remove());
     svg.append(node("line", { class: "cursor", x1: s.x(at), x2: s.x(at), y1: TOP, y2: height - BOTTOM }));
     const [by, unit] = axisUnit(s.end);
-    tip.replaceChildren(`${said(at / by)} ${unit}`);
+    tip.replaceChildren(`${state.axis === "step" ? Math.round(at).toLocaleString("en") : said(at / by)} ${unit}`);
     for (const curve of drawn) {
       if (curve.style === "raw" || !curve.x.length) continue;
       const i = nearest(curve.x, at);
