@@ -1,6 +1,8 @@
-"""The settings of a run that takes a second, and its text."""
+"""The settings of a run that takes a second, its text, and a task on it."""
 
 from __future__ import annotations
+
+import json
 
 from regpt.config import (
     Config,
@@ -30,4 +32,24 @@ def tiny_config() -> Config:
         save=SaveConfig(keep=2),
         sample=SampleConfig(tokens=4),
         track=TrackConfig(log_every=1),
+    )
+
+
+def tiny_hellaswag(n: int) -> str:
+    """Rows as they are published, of the text's own words."""
+    endings = ["went out one day", "far away", "over hills", "and the"]
+    return "".join(
+        json.dumps(
+            {
+                "ind": i,
+                "activity_label": "Ducks",
+                "ctx_a": f"{i} little",
+                "ctx_b": "ducks",
+                "ctx": f"{i} little ducks",
+                "endings": endings[i % 4 :] + endings[: i % 4],
+                "label": i % 3,
+            }
+        )
+        + "\n"
+        for i in range(n)
     )

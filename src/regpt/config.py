@@ -241,6 +241,16 @@ class EvalConfig:
     """Steps between evaluations; the last step is always evaluated. None: only at the end."""
     micro_rows: int | None = None
     """Rows in one forward pass. None: as many as the training micro-batch, or more where that is small."""
+    tasks: str | None = None
+    """Tasks to evaluate beside the loss, with commas between them: hellaswag,lambada … (docs/evaluation.md). None: none."""
+    tasks_every: int | None = None
+    """Steps between evaluations of the tasks; the last step is always evaluated. None: only at the end."""
+    tasks_rows: int | None = None
+    """Evaluate on the first so many rows of each task. None: on all."""
+    tasks_data: str | None = None
+    """A task's file, or the folder of several. None: by name, downloaded before the first step."""
+    tasks_required: bool = True
+    """False: a task whose file cannot be downloaded is left out, aloud, instead of ending the run before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ LAYERS = [
     ["data", "models", "optim", "train.run", "train.machine"],
     ["train.checkpoint", "train.named", "train.load", "train.plan", "train.budget", "infer"],
     ["evals"],
-    ["train.estimate", "train.parallel", "train.operators", "train.compile"],
+    ["train.estimate", "train.parallel", "train.operators", "train.compile", "train.tasks"],
     ["train.loop", "train.session", "train.sizing", "train.bench", "serve", "adapters", "report"],
     ["cli", "__main__"],
 ]

@@ -159,6 +159,7 @@ def _places(place: str) -> tuple[Any, str, bool]:
         "update": (Trainer, "update", True),
         "logging": (Trainer, "_numbers", True),
         "evaluation": (Trainer, "evaluate", True),
+        "tasks": (Trainer, "evaluate_tasks", True),
         "sample": (Trainer, "sample", True),
         "save": (Trainer, "save", True),
         "writing": (checkpoint, "_manifest_bytes", True),

@@ -19,7 +19,6 @@ from rank_child import said
 from rank_child import train as train_ranks
 
 from regpt.config import Config, EvalConfig, OptimConfig, SampleConfig, SaveConfig
-from regpt.data.split import TokenSplit
 from regpt.errors import ConfigError, Interrupted
 from regpt.infer.engine import Piece
 from regpt.optim.schedule import learning_rate
@@ -30,6 +29,7 @@ from regpt.train.estimate import with_time
 from regpt.train.loop import Trainer
 from regpt.train.machine import probe
 from regpt.train.plan import Plan, make_plan, with_steps
+from tiny import tiny_hellaswag
 
 BUDGET_S = 60.0
 
@@ -83,8 +83,8 @@ def timed(
     passing("save", lambda _: 0.1)
     guess = Trainer._eval_guess_s
 
-    def as_if_timed(self: Trainer, split: TokenSplit) -> float:
-        guess(self, split)
+    def as_if_timed(self: Trainer, tokens: int) -> float:
+        guess(self, tokens)
         return eval_s
 
     monkeypatch.setattr(Trainer, "_eval_guess_s", as_if_timed)
@@ -184,6 +184,26 @@ def test_a_first_sample_and_checkpoint_at_the_very_end_are_allowed_for(
     assert clock.now_s - 1000 == pytest.approx(BUDGET_S, abs=0.3)
     samples = Path("run/samples.jsonl")
     assert (len(samples.read_text().splitlines()) if samples.exists() else 0) == bool(tokens)
+
+
+@pytest.mark.parametrize(("every", "tasks_s"), [(25, 2.0), (None, 0.6)])
+def test_tasks_are_allowed_for(
+    config: Config, every: int | None, tasks_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the last evaluation of them took; one that only comes at the end, by a guess as good as of the loss."""
+    Path("hellaswag_val.jsonl").write_text(tiny_hellaswag(4))
+    tasks = {"tasks": "hellaswag", "tasks_every": every, "tasks_data": "hellaswag_val.jsonl"}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **tasks))
+    clock = timed(monkeypatch, lambda *_: 0.25, estimate=100)
+    evaluate_tasks = Trainer.evaluate_tasks
+
+    def slow(self: Trainer) -> None:
+        clock.now_s += tasks_s
+        evaluate_tasks(self)
+
+    monkeypatch.setattr(Trainer, "evaluate_tasks", slow)
+    session.train(config, "run")
+    assert clock.now_s - 1000 == pytest.approx(BUDGET_S, abs=0.3)
 
 
 def test_the_trial_changes_no_bit(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

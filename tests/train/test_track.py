@@ -36,6 +36,16 @@ def test_curves_have_names_by_what_they_measure() -> None:
     assert curves("step", {"loss": 3, "name": "x", "ok": True}) == {"train/loss": 3.0}
     assert curves("eval", {"val_loss": 2.5, "val_tokens": 7}) == {"val/loss": 2.5, "val/tokens": 7.0}
     assert curves("save", {"save_s": 1.0}) == {}
+    # Where training was is a curve of the steps already, and `val_tokens` has another meaning.
+    assert curves("eval", {"val_tokens": 7, "tokens": 99, "time_s": 1.0, "elapsed_s": 2.0}) == {
+        "val/tokens": 7.0
+    }
+    tasks = {"tokens": 99, "hellaswag": {"acc_norm": 0.25, "rows": 8}, "tasks_s": 0.5}
+    assert curves("tasks", tasks) == {
+        "val/hellaswag/acc_norm": 0.25,
+        "val/hellaswag/rows": 8.0,
+        "val/tasks_s": 0.5,
+    }
 
 
 # --- TensorBoard -------------------------------------------------------------------------------------------------

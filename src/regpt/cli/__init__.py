@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "a dry run: parameters, memory, FLOPs, time; nothing is touched",
     "bench": "how fast this machine trains: time, arithmetic and memory of a step, and where they go",
     "inspect": "what a shard directory, checkpoint or run holds, verified",
+    "report": "one HTML page of a run, or of several runs compared; --watch serves it while training",
     "presets": "the list of presets, or one preset's page",
     "doctor": "what this machine can do, and what is missing",
     "completion": "print a completion script for bash, zsh or fish",

@@ -19,10 +19,16 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from regpt.config import DEFAULT_PRESET, type_name
 from regpt.errors import ConfigError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BAR_FRAMES_PER_S = 10.0
+PLOT_FRAMES_PER_S = 2.0  # a plot of many lines flickers where it is drawn more often, over a slow connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +225,14 @@ class Output:
         print(text, flush=True)
 
     @contextlib.contextmanager
-    def progress(self, description: str, total: float, unit: str = "") -> Iterator[Progress]:
-        """A bar with percent and ETA on a terminal; elsewhere a plain line now and then; nothing with --quiet."""
+    def progress(
+        self, description: str, total: float, unit: str = "", *, above: RenderableType | None = None
+    ) -> Iterator[Progress]:
+        """A bar with percent and ETA on a terminal; elsewhere a plain line now and then; nothing with --quiet.
+
+        Args:
+            above: drawn over the bar, anew with each frame.
+        """
         if self.quiet or not total:
             yield _Silent()
         elif sys.stderr.isatty():
@@ -237,7 +249,16 @@ class Output:
             )
             # The speed that the time left follows from is taken over an hour: one step may take minutes.
             console = Console(stderr=True)
-            with RichProgress(*columns, console=console, speed_estimate_period=3600) as bar:
+
+            class Frame(RichProgress):
+                def get_renderables(self) -> Iterator[RenderableType]:
+                    yield from [] if above is None else [above]
+                    yield self.make_tasks_table(self.tasks)
+
+            frames_per_s = BAR_FRAMES_PER_S if above is None else PLOT_FRAMES_PER_S
+            with Frame(
+                *columns, console=console, speed_estimate_period=3600, refresh_per_second=frames_per_s
+            ) as bar:
                 yield _Bar(bar, bar.add_task(description, total=total, note=""))
         else:
             yield _Lines(description, total, unit)

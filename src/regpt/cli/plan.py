@@ -51,9 +51,11 @@ def main(argv: list[str]) -> int:
     from regpt.train.machine import probe, using
     from regpt.train.plan import as_dict, make_plan
     from regpt.train.sizing import budget
+    from regpt.train.tasks import task_names, tasks_time_s
 
     spend = budget(args.hours, args.flops, args.money, args.price)
     config = args.config
+    task_names(config.eval)
     keep_memory()
     machine = probe(config.train.device, config.train.threads)
     vocab_size, sure, shards = known_corpus(config)
@@ -63,12 +65,13 @@ def main(argv: list[str]) -> int:
             return _propose(args, name, spend, machine, vocab_size, sure, train_tokens)
         plan = make_plan(config, machine, vocab_size=vocab_size, train_tokens=train_tokens)
         plan = with_compile(with_time(plan, config, machine), config, machine, compiler=cpp_compiler())
-    values = as_dict(plan) | {"machine": dataclasses.asdict(machine)}
+    tasks_s = tasks_time_s(config, plan)
+    values = as_dict(plan) | {"tasks_s": tasks_s, "machine": dataclasses.asdict(machine)}
     text = describe(config, plan, machine, shards)
     if not sure:
         text += f"\nguessed   a vocabulary of {vocab_size}, until the text is prepared"
     if args.price is not None and plan.time_s is not None:
-        values["cost"] = cost = args.price * plan.time_s / 3600
+        values["cost"] = cost = args.price * (plan.time_s + (tasks_s or 0.0)) / 3600
         text += f"\ncost      {cost:,.2f} at {args.price:g} an hour"
     Output(args).result(values, text)
     return 0
@@ -157,6 +160,8 @@ def _lines(arch: str, p: Proposal) -> list[str]:
 
 def describe(config: Config, plan: Plan, machine: Machine, shards: TokenSet | None) -> str:
     """The plan in a few lines for a person."""
+    from regpt.train.tasks import evaluations, tasks_time_s
+
     m = config.model
     lines = []
     if shards is not None:
@@ -188,6 +193,10 @@ def describe(config: Config, plan: Plan, machine: Machine, shards: TokenSet | No
     ]
     if plan.time_s is not None:
         lines.append(f"time      about {duration(plan.time_s)} of training steps")
+    if config.eval.tasks is not None:
+        n, time_s = evaluations(config.eval, plan.steps), tasks_time_s(config, plan)
+        about = f", about {duration(time_s)} in all" if time_s is not None else ""
+        lines.append(f"tasks     {config.eval.tasks}: {n} {'times' if n > 1 else 'time'}{about}")
     if machine.memory_bytes and memory.total > machine.memory_bytes:
         lines.append(
             f"warning: this needs {gib(memory.total)} and the device has {gib(machine.memory_bytes)}; "

@@ -15,7 +15,9 @@ import tyro
 
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
+from regpt.errors import Interrupted, TrainingDiverged
 from regpt.paths import user_path
+from regpt.report.terminal import LossPlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Args(CommonArgs):
     """Begin anew; what stands in the run directory is moved aside."""
     nproc: int = 1
     """Processes on this machine: one for each GPU, as torchrun would start them. Several machines: torchrun itself."""
+    no_plot: bool = False
+    """No plot of the loss over the progress bar. There is one on a terminal only, of 32 x 14 characters or more."""
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = dataclasses.field(
         default_factory=Config
     )
@@ -52,14 +56,21 @@ def main(argv: list[str]) -> int:
     main_rank = (
         os.environ.get("RANK", "0") == "0"
     )  # the others are not heard, unless something is wrong with them
-    screen = Screen(Output(args if main_rank else dataclasses.replace(args, quiet=True)), args.config)
+    heard = args if main_rank else dataclasses.replace(args, quiet=True)
+    screen = Screen(Output(heard), args.config, plot=not args.no_plot)
     screen.out.info(f"regpt train {preset.name}: {preset.about.summary}")
     from regpt.train.session import train  # torch only from here on
 
     with screen:
-        result = train(args.config, out, fresh=args.fresh, listen=screen.hear)
+        try:
+            result = train(args.config, out, fresh=args.fresh, preset=preset, listen=screen.hear)
+        except (Interrupted, TrainingDiverged):
+            if main_rank:
+                write_run_report(out, screen.out)
+            raise
     if not main_rank:
         return 0
+    report = write_run_report(out, screen.out)
     lines = [f"trained {result.step} steps on {result.tokens:,} tokens in {duration(result.seconds)}"]
     if result.val_loss is not None:
         lines[0] += f"; validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte"
@@ -68,11 +79,27 @@ def main(argv: list[str]) -> int:
     ):  # a finished run, called again, still ends with its text
         lines.insert(0, sample)
     lines += [
-        f"the run lies in {out}",
+        f"the run lies in {out}" + (f", its report in {report}" if report else ""),
         f"next:  {program()} sample {shlex.quote(str(out))}{_some_prompt(args.config)}",
     ]
     screen.out.result(dataclasses.asdict(result), "\n".join(lines))
     return 0
+
+
+def write_run_report(run: Path, out: Output) -> Path | None:
+    """report.html in the run, as far as it came. A report that fails is a note: what was trained is safe."""
+    if not (run / "log.jsonl").exists():  # it ended before the first step
+        return None
+    from regpt.report.history import read_histories
+    from regpt.report.write import report_place, write_report
+
+    try:
+        place = report_place([run], None)
+        write_report(read_histories([run]), place)
+    except Exception as e:  # whatever it is, the training was not at fault
+        out.warn(f"the run has no report: {e}")
+        return None
+    return place
 
 
 def last_sample(run: Path) -> str:
@@ -89,10 +116,30 @@ def quoted(sample: dict[str, Any]) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
+# Of a task's figures, those that a line has room for: the first that it has.
+HEADLINES = ("acc_norm", "acc", "word_perplexity", "perplexity")
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """A task's figure with its standard error; `regpt eval` and the log have all of them."""
+    name = next((name for name in HEADLINES if name in figures), next(iter(figures)))
+    error = figures.get(f"{name}_stderr")
+    return f"{name} {figures[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def _some_prompt(config: Config) -> str:
     """Of the run's own kind; nothing where it begins documents."""
     prompt = config.sample.prompt.strip()
     return f" {shlex.quote(prompt)}" if prompt else ""
+
+
+def _room_for_a_plot(out: Output) -> bool:
+    """Whether a frame can be drawn again and again in place, for a person who wants words."""
+    return (
+        not (out.quiet or out.json)
+        and sys.stderr.isatty()
+        and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
 
 
 class Screen:
@@ -100,8 +147,9 @@ class Screen:
 
     LINE_EVERY_S = 5.0
 
-    def __init__(self, out: Output, config: Config) -> None:
+    def __init__(self, out: Output, config: Config, *, plot: bool = True) -> None:
         self.out, self.config = out, config
+        self.plot = LossPlot() if plot and _room_for_a_plot(out) else None
         self.bar: Any = None
         self.bar_context: Any = None
         self.last_line = 0.0
@@ -117,6 +165,8 @@ class Screen:
 
     def hear(self, event: str, step: int, values: dict[str, Any]) -> None:
         """One event of the run."""
+        if self.plot is not None:
+            self.plot.hear(event, step, values)
         handler = getattr(self, f"on_{event}", None)
         if handler is not None:
             handler(step, values)
@@ -142,6 +192,10 @@ class Screen:
         self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
+        if self.plot is not None:
+            from regpt.train.run import RunDirectory
+
+            self.plot.read(RunDirectory(Path(values["run"])).lines.entries())
         if step >= values["total_steps"]:
             longer = "--train.steps N" if self.config.train.minutes is None else "--train.minutes N"
             self.out.info(
@@ -153,7 +207,8 @@ class Screen:
     def on_step(self, step: int, values: dict[str, Any]) -> None:
         total, minutes = values["total_steps"], self.config.train.minutes
         if self.bar is None and sys.stderr.isatty():
-            self._open_bar("training", *((total, "steps") if minutes is None else (60 * minutes, "s")))
+            amount, unit = (total, "steps") if minutes is None else (60 * minutes, "s")
+            self._open_bar("training", amount, unit, above=self.plot)
         numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tok/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
@@ -180,12 +235,17 @@ class Screen:
             f"perplexity {values['val_perplexity']:,.2f}  {values['val_bits_per_byte']:.4f} bits per byte{best}"
         )
 
+    def on_tasks(self, step: int, values: dict[str, Any]) -> None:
+        for task, figures in values.items():
+            if isinstance(figures, dict):
+                self.out.info(f"step {step:>6}  {task} {_headline(figures)}")
+
     def on_sample(self, step: int, values: dict[str, Any]) -> None:
         self.sampled = True
         self.out.info(quoted(values))
 
-    def _open_bar(self, description: str, total: float, unit: str) -> None:
-        self.bar_context = self.out.progress(description, total, unit)
+    def _open_bar(self, description: str, total: float, unit: str, *, above: LossPlot | None = None) -> None:
+        self.bar_context = self.out.progress(description, total, unit, above=above)
         self.bar = self.bar_context.__enter__()
 
     def _close_bar(self) -> None:

@@ -43,7 +43,8 @@ class Pace:
     recent_token_s: list[float] = dataclasses.field(default_factory=list)
     """Seconds of a training step divided by its tokens, of the last RECENT_STEPS."""
     pause_s: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What the last evaluation, sample and save each took, or a guess; "write": the whole writing of a checkpoint."""
+    """What the last evaluation, evaluation of tasks, sample and save each took, or a guess; "write": the whole writing of
+    a checkpoint."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> Pace | None:
@@ -131,9 +132,11 @@ def sample_guess_s(read_s: Sequence[float], tokens: int) -> float:
 
 
 def pause_periods(config: Config) -> dict[str, int | None]:
-    """Steps between evaluations, samples and saves."""
+    """Steps between evaluations of the loss and of tasks, samples and saves."""
     every = config.eval.every
     periods = {"eval": every, "save": config.save.every or every}
+    if config.eval.tasks:
+        periods["tasks"] = config.eval.tasks_every
     return periods | ({"sample": config.sample.every or every} if config.sample.tokens else {})
 
 

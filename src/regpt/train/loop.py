@@ -1,4 +1,4 @@
-"""The training loop: schedule, micro-batches, clip, check, step, log; evaluate, sample and save when due.
+"""The training loop: schedule, micro-batches, clip, check, step, log; evaluate, ask tasks, sample and save when due.
 
 Everything that must survive an interruption stands in `TrainState`. The order of the data, dropout and samples are
 functions of the seed and the step, so the step is all the state that they have.
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from regpt.config import Config, OptimConfig
-from regpt.data.loader import Loader, eval_batches
+from regpt.data.loader import Loader
 from regpt.data.split import TokenSplit
 from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
+from regpt.evals.task import Task
 from regpt.infer.engine import Piece, collect, generate
 from regpt.infer.settings import SamplingSettings
 from regpt.models import LanguageModel
@@ -49,6 +50,7 @@ from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
 from regpt.train.plan import Plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
+from regpt.train.tasks import evaluate_tasks, passing_tokens
 from regpt.train.track import Listener, Tracker
 
 # Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory).
@@ -76,6 +78,7 @@ class TrainState:
     pace: Pace | None = None
     """The length of a run with a time budget; None without one."""
     evaluated_step: int | None = None
+    tasks_step: int | None = None
     sampled_step: int | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
@@ -118,6 +121,7 @@ class Trainer:
         tokenizer: Tokenizer,
         loader: Loader,
         val_split: TokenSplit | None,
+        tasks: Sequence[Task] = (),
         *,
         run: RunDirectory,
         facts: dict[str, Any],
@@ -146,7 +150,7 @@ class Trainer:
             scaler=torch.amp.GradScaler(machine.kind, enabled=plan.dtype == "float16"),
         )
         self.loader = loader
-        self.val_split = val_split
+        self.val_split, self.tasks = val_split, tasks
         tokens = EVAL_TOKENS.get(machine.kind, EVAL_TOKENS_ELSEWHERE)
         self.eval_rows = config.eval.micro_rows or max(plan.micro_rows, tokens // config.model.block_size)
         self.gradients = Gradients(model, plan, ranks)
@@ -187,6 +191,10 @@ class Trainer:
                 if s.evaluated_step != s.step and (last or _due(s.step, self.config.eval.every)):
                     with self._pause("eval"):
                         self.evaluate()
+                    news = True
+                if s.tasks_step != s.step and self._tasks_due(last):
+                    with self._pause("tasks"):
+                        self.evaluate_tasks()
                     news = True
                 if s.sampled_step != s.step and self._sample_due(last):
                     with self._pause("sample"):
@@ -269,6 +277,7 @@ class Trainer:
             "eval",
             s.step,
             {
+                **self._place(),
                 "val_loss": result.nats,
                 "val_perplexity": result.perplexity,
                 "val_bits_per_byte": result.bits_per_byte,
@@ -277,6 +286,26 @@ class Trainer:
                 "eval_s": self.clock() - began,
             },
         )
+
+    def evaluate_tasks(self) -> None:
+        """What the settings ask for beside the loss."""
+        s = self.state
+        s.tasks_step = s.step
+        began = self.clock()
+        try:
+            figures = evaluate_tasks(
+                self.tasks,
+                cast(LanguageModel, s.model),
+                self.tokenizer,
+                device=self.machine.device,
+                autocast=self.autocast,
+                poll=self.poll,
+                ranks=self.ranks,
+            )
+        except _Stopped:
+            s.tasks_step = None
+            raise
+        self.say("tasks", s.step, {**self._place(), **figures, "tasks_s": self.clock() - began})
 
     def sample(self) -> None:
         """A short text from the weights as they are."""
@@ -392,22 +421,23 @@ class Trainer:
                 read_s.append(self.clock())
             pace.guess({"sample": sample_guess_s(read_s, tokens)})
         if self.val_split is not None and "eval" not in pace.pause_s:
-            pace.guess({"eval": self._eval_guess_s(self.val_split)})
+            pace.guess({"eval": self._eval_guess_s(self.val_split.n_tokens)})
+        if self.tasks and "tasks" not in pace.pause_s:
+            pace.guess({"tasks": self._eval_guess_s(passing_tokens(self.config))})
         self.tick()
 
     @torch.no_grad()
-    def _eval_guess_s(self, split: TokenSplit) -> float:
-        """What an evaluation may take: its first pass, the second time that it is made, for each. All ranks make it."""
+    def _eval_guess_s(self, tokens: int) -> float:
+        """What an evaluation on `tokens` may take: a pass, the second time that it is made, for each. All ranks make it."""
         model = cast(LanguageModel, self.state.model)
-        x, y = next(eval_batches(split, self.config.model.block_size, self.eval_rows))
+        ids = torch.zeros(self.eval_rows, self.config.model.block_size, dtype=torch.int64)
         model.eval()
         for _ in range(2):
             began = self.clock()
             with self.autocast():
-                float(model(self.move(x), self.move(y), reduction="sum"))
+                float(model(self.move(ids), self.move(ids), reduction="sum"))
         model.train()
-        tokens = self.ranks.world * self.eval_rows * self.config.model.block_size  # of a pass of all ranks
-        return (self.clock() - began) * math.ceil(split.n_tokens / tokens)
+        return (self.clock() - began) * math.ceil(tokens / (self.ranks.world * ids.numel()))
 
     @contextlib.contextmanager
     def _pause(self, kind: str) -> Iterator[None]:
@@ -530,7 +560,11 @@ class Trainer:
         s = self.state
         again = [
             event
-            for event, done in (("eval", s.evaluated_step), ("sample", s.sampled_step))
+            for event, done in (
+                ("eval", s.evaluated_step),
+                ("tasks", s.tasks_step),
+                ("sample", s.sampled_step),
+            )
             if done != s.step  # the checkpoint is of before it, though the log may have it
         ]
         if self.ranks.main:
@@ -697,6 +731,9 @@ class Trainer:
             return x.pin_memory().to(self.machine.device, non_blocking=True)
         return x.to(self.machine.device)
 
+    def _tasks_due(self, last: bool) -> bool:
+        return bool(self.tasks) and (last or _due(self.state.step, self.config.eval.tasks_every))
+
     def _sample_due(self, last: bool) -> bool:
         s, config = self.state, self.config.sample
         at_eval = config.every is None and s.step > 0 and s.evaluated_step == s.step
@@ -707,17 +744,24 @@ class Trainer:
         at_eval = s.evaluated_step == s.step and (every is None or s.best_step == s.step)
         return s.step > 0 and (last or at_eval or (every is not None and _due(s.step, every)))
 
+    def _place(self) -> dict[str, Any]:
+        """How far training has come: the step's tokens and time, so that any of them may be a curve's axis."""
+        s = self.state
+        return {
+            "tokens": self.plan.tokens_before(s.step),
+            "time_s": s.seconds,
+            "elapsed_s": s.elapsed_s,
+        }
+
     def _numbers(self, loss: float, norm: float, rate: float, took: float) -> dict[str, Any]:
-        s, plan = self.state, self.plan
+        plan = self.plan
         per_second = self.step_tokens / took
         numbers: dict[str, Any] = {
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "tokens": plan.tokens_before(s.step),
+            **self._place(),
             "tokens_per_second": per_second,
-            "time_s": s.seconds,
-            "elapsed_s": s.elapsed_s,
             "total_steps": self.total_steps,
             "memory_bytes": peak_memory_bytes(self.machine),
         }

@@ -176,13 +176,15 @@ def _check(config: Config, vocab_size: int) -> None:
         "model.block_size": config.model.block_size,
         "eval.every": config.eval.every,
         "eval.micro_rows": config.eval.micro_rows,
+        "eval.tasks_every": config.eval.tasks_every,
+        "eval.tasks_rows": config.eval.tasks_rows,
         "save.every": config.save.every,
         "save.keep": config.save.keep,
         "sample.every": config.sample.every,
         "sample.top_k": config.sample.top_k,
         "track.log_every": config.track.log_every,
     }
-    optional = {"eval.every", "save.every", "sample.top_k"}
+    optional = {"eval.every", "eval.tasks_every", "eval.tasks_rows", "save.every", "sample.top_k"}
     for name, value in positive.items():
         if value is not None and value < 1:
             hint = f"--{name.replace('_', '-')} none turns it off" if name in optional else None

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from regpt.config import Config, build, differences, to_dict
+from regpt.config import Config, Preset, build, differences, to_dict
 from regpt.data.corpus import corpus, text_identity
 from regpt.data.loader import Loader
 from regpt.data.split import TokenSet
@@ -27,6 +27,7 @@ from regpt.errors import (
     RegptError,
     TrainingDiverged,
 )
+from regpt.evals.task import Task
 from regpt.models import build_model
 from regpt.paths import nearest_existing, user_path
 from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
@@ -40,7 +41,8 @@ from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.track import Listener, check_trackers, make_trackers
+from regpt.train.tasks import check_tasks, open_tasks, task_names
+from regpt.train.track import Listener, Tracker, check_trackers, make_trackers
 
 HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
 # Settings that decide what is learned or in which order rows are seen: with other values it is another run.
@@ -73,12 +75,18 @@ class TrainResult:
 
 
 def train(
-    config: Config, out: Path | str, *, fresh: bool = False, listen: Listener = lambda *_: None
+    config: Config,
+    out: Path | str,
+    *,
+    fresh: bool = False,
+    preset: Preset | None = None,
+    listen: Listener = lambda *_: None,
 ) -> TrainResult:
     """Train `config` in the run directory `out`; continue there if a run of the same settings was begun.
 
     Args:
         fresh: begin anew; what stood in `out` is moved aside.
+        preset: whose settings `config` was made from; the run's record says so.
         listen: hears every event as it happens.
 
     Raises:
@@ -93,22 +101,24 @@ def train(
     with using(machine), joined(machine.kind) as ranks:
         try:
             heard = listen if ranks.main else lambda *_: None
-            return _train(config, user_path(out), fresh, heard, machine, ranks)
+            return _train(config, user_path(out), fresh, preset, heard, machine, ranks)
         except (Interrupted, TrainingDiverged) as e:
             e.told = not ranks.main  # it is the same on all
             raise
 
 
 def _train(
-    config: Config, out: Path, fresh: bool, listen: Listener, machine: Machine, ranks: Ranks
+    config: Config,
+    out: Path,
+    fresh: bool,
+    preset: Preset | None,
+    listen: Listener,
+    machine: Machine,
+    ranks: Ranks,
 ) -> TrainResult:
     """`train` on one rank."""
     # Contradictions between settings show before any text is read.
-    ranks.together(
-        lambda: check_memory(
-            make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world), machine
-        )
-    )
+    ranks.together(lambda: _check_settings(config, machine, ranks))
     run = RunDirectory(out)
 
     def check() -> Path | None:
@@ -118,12 +128,15 @@ def _train(
         _check_place(run)
         return None if fresh else _check_same_run(run, config, listen)
 
-    kept = run.tokenizer if ranks.from_main(ranks.together(check) is not None) else None
+    found = ranks.from_main(ranks.together(check) is not None)
+    tasks = open_tasks(config.eval, ranks, lambda text: listen("note", 0, {"text": text}))
+    kept = run.tokenizer if found else None
     tokenizer, shards = ranks.first_on_each_host(
         lambda: corpus(config, listen, kept_tokenizer=kept, verify=ranks.local_rank == 0)
     )
     # A character that the tokenizer lacks is refused now, not at a sample.
     ranks.together(lambda: tokenizer.encode(config.sample.prompt))
+    ranks.together(lambda: check_tasks(tasks, config, tokenizer))
     loader = ranks.together(
         lambda: Loader(
             shards.split("train"),
@@ -144,12 +157,21 @@ def _train(
             plan = _same_steps(with_time(plan, config, machine), ranks)
             plan = _same_compile(plan, config, machine, run, ranks)
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
-            trainer = _trainer(config, plan, machine, tokenizer, shards, loader, run, listen, stop, ranks)
+            trainer = _trainer(
+                config, plan, machine, tokenizer, shards, loader, tasks, run, preset, listen, stop, ranks
+            )
             try:
                 trainer.run()
             finally:
                 trainer.close()
         return _result(trainer, run)
+
+
+def _check_settings(config: Config, machine: Machine, ranks: Ranks) -> None:
+    """Refuse settings that contradict each other or name what there is not, and a model far too large."""
+    plan = make_plan(config, machine, vocab_size=_least_vocabulary(config), world=ranks.world)
+    check_memory(plan, machine)
+    task_names(config.eval)
 
 
 def _plan(config: Config, machine: Machine, vocab_size: int, shards: TokenSet, ranks: Ranks) -> Plan:
@@ -264,7 +286,9 @@ def _trainer(
     tokenizer: Tokenizer,
     shards: TokenSet,
     loader: Loader,
+    tasks: Sequence[Task],
     run: RunDirectory,
+    preset: Preset | None,
     listen: Listener,
     stop: StopRequest,
     ranks: Ranks,
@@ -279,11 +303,11 @@ def _trainer(
     found = ranks.together(lambda: _newest(run, facts, note) if ranks.main else None)
     step = found.step if found is not None else None
     tracked = to_dict(config)
-    trackers = ranks.together(
-        lambda: (
-            make_trackers(config.track, run.path, tracked, say=note, resumed_step=step) if ranks.main else []
-        )
-    )
+
+    def follow() -> list[Tracker]:
+        return make_trackers(config.track, run.path, tracked, say=note, resumed_step=step)
+
+    trackers = ranks.together(lambda: follow() if ranks.main else [])
     model = new_model(config, tokenizer.vocab_size)
     trainer = Trainer(
         config,
@@ -293,6 +317,7 @@ def _trainer(
         tokenizer,
         loader,
         shards.split("val") if "val" in shards.splits else None,
+        tasks,
         run=run,
         facts=facts,
         trackers=trackers,
@@ -309,12 +334,26 @@ def _trainer(
             _rewind(trainer, run, listen)
         if ranks.main:
             tokenizer.save(run.tokenizer)
-            all_facts = facts | {"text": text_identity(config)}
-            of_machine = dataclasses.asdict(machine)
-            run.begin(config=tracked, plan=as_dict(plan), facts=all_facts, machine=of_machine)
+            all_facts = facts | {"text": text_identity(config)} | _text_facts(shards)
+            parts = {"plan": as_dict(plan), "facts": all_facts, "machine": dataclasses.asdict(machine)}
+            run.begin(config=tracked, preset=_preset_record(preset, config, before), **parts)
 
     ranks.together(begin)
     return trainer
+
+
+def _preset_record(preset: Preset | None, config: Config, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Whose settings these are, and which differ from them now; as it was recorded where nobody says."""
+    if preset is None:
+        known = (before or {}).get("preset")
+        return known if isinstance(known, dict) else {}
+    return {"name": preset.name, "differs": differences(preset.config, config)}
+
+
+def _text_facts(shards: TokenSet) -> dict[str, Any]:
+    """What the text is called and how much of it there is: for the report, nothing depends on it."""
+    tokens = {name: shards.split(name).n_tokens for name in shards.splits}
+    return {"tokens": tokens, "corpus": shards.name}
 
 
 def _facts(config: Config, tokenizer: Tokenizer, shards: TokenSet) -> dict[str, Any]:

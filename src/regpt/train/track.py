@@ -14,16 +14,18 @@ from regpt.config import TrackConfig
 from regpt.errors import RegptError, missing_package
 
 Listener = Callable[[str, int, dict[str, Any]], None]
-"""Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, sample, save."""
-GROUPS = {"step": "train", "eval": "val"}
+"""Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, tasks, sample, save."""
+GROUPS = {"step": "train", "eval": "val", "tasks": "val"}
 """Events whose numbers are curves, and the heading that they stand under."""
+PLACES = {"tokens", "time_s", "elapsed_s"}
+"""Where in training an evaluation was made: curves of the training steps already."""
 
 
 class Tracker(Protocol):
     """Hears the events of a run."""
 
     def event(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """One event: `step` and `eval` hold numbers, `sample` a prompt and a text."""
+        """One event: `step`, `eval` and `tasks` hold numbers, `sample` a prompt and a text."""
 
     def close(self) -> None:
         """No more events come."""
@@ -77,8 +79,24 @@ def curves(event: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an event by the name of their curve: {"train/loss": 3.2}. Yes or no is not a number."""
     if event not in GROUPS:
         return {}
-    numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {f"{GROUPS[event]}/{name.removeprefix('val_')}": float(v) for name, v in numbers.items()}
+    # A task's figures stand one deeper: {"hellaswag": {"acc": 0.25}} is the curve val/hellaswag/acc.
+    deeper = {
+        f"{task}/{k}": v
+        for task, part in values.items()
+        if isinstance(part, Mapping)
+        for k, v in part.items()
+    }
+    numbers = {
+        k: v
+        for k, v in {**values, **deeper}.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    left_out = PLACES if event != "step" else set()
+    return {
+        f"{GROUPS[event]}/{name.removeprefix('val_')}": float(v)
+        for name, v in numbers.items()
+        if name not in left_out
+    }
 
 
 class TensorBoard:
