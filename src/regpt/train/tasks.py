@@ -15,8 +15,9 @@ import torch
 from regpt.config import Config, EvalConfig
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.likelihood import check_requests
+from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.task import Task
-from regpt.evals.tasks import LOSS, TASKS, open_task
+from regpt.evals.tasks import open_task
 from regpt.models import LanguageModel, build_model
 from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
@@ -50,10 +51,10 @@ def task_names(config: EvalConfig) -> list[str]:
             raise ConfigError(
                 f"eval.tasks names {LOSS}, which is evaluated anyway.", hint="--eval.every sets how often"
             )
-        if name not in TASKS:
+        if name not in TASK_NAMES:
             raise ConfigError(
-                f"eval.tasks names {name!r}, which is no task.{did_you_mean(name, TASKS)}",
-                expected=", ".join(TASKS),
+                f"eval.tasks names {name!r}, which is no task.{did_you_mean(name, TASK_NAMES)}",
+                expected=", ".join(TASK_NAMES),
             )
     return list(dict.fromkeys(names))
 
