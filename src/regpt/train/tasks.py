@@ -148,10 +148,10 @@ def evaluate_tasks(
     return figures
 
 
-def passing_tokens(config: Config) -> int:
-    """About how many tokens pass through the model in one evaluation of all tasks."""
+def passing_tokens(config: Config, names: Sequence[str]) -> int:
+    """About how many tokens pass through the model in one evaluation of these tasks."""
     smaller = BYTES_A_TOKEN if config.tokenizer.name in ("bytes", "chars") else 1.0
-    sizes = [SIZES[name] for name in task_names(config.eval)]
+    sizes = [SIZES[name] for name in names]
     return round(sum(smaller * tokens * min(rows, config.eval.tasks_rows or rows) for rows, tokens in sizes))
 
 
@@ -165,4 +165,4 @@ def tasks_time_s(config: Config, plan: Plan) -> float | None:
     if config.eval.tasks is None or plan.time_s is None:
         return None
     token_s = plan.time_s / plan.total_tokens * FORWARD_SHARE
-    return token_s * passing_tokens(config) * evaluations(config.eval, plan.steps)
+    return token_s * passing_tokens(config, task_names(config.eval)) * evaluations(config.eval, plan.steps)
