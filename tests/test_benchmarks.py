@@ -268,3 +268,20 @@ def test_a_tokenizer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.Captu
     ]
     bench.main(words)
     assert capsys.readouterr().out.count("minbpe left out: ModuleNotFoundError") == 1
+
+
+# --- evaluation beside peers ------------------------------------------------------------------------------------------
+
+
+def test_rates_are_told_beside_build_nanogpts() -> None:
+    values = {"seconds": 2.0, "rate": 3.0, "mib": 100.0}
+    shown = script("evaluate").table(
+        {
+            "regpt": {**values, "rate": 9.0},
+            "nanogpt": values,
+            "passes": values,
+            "loss": {**values, "seconds": 2.1},
+        }
+    )
+    assert "| regpt | 9.00 | 3.00 | 100 |" in shown and "| nanogpt | 3.00 | 1.00 | 100 |" in shown
+    assert "| loss | 2.10 | 1.050 | 100 |" in shown

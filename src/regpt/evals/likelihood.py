@@ -261,6 +261,6 @@ def of_targets(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[T
         aimed = logits.gather(1, y.unsqueeze(1))  # (rows, 1)
         largest, likeliest = logits.max(1, keepdim=True)
         total = (logits - largest).exp_().sum(1, keepdim=True)
-        nats.append((aimed - largest - total.log()).squeeze(1).double().cpu())
+        nats.append((aimed - largest - total.log()).squeeze(1).cpu().double())
         best.append((likeliest.squeeze(1) == y).cpu())
     return torch.cat(nats), torch.cat(best)

@@ -1,4 +1,4 @@
-"""Tasks by name."""
+"""The tasks by their names: where each is defined, and what opens it."""
 
 from __future__ import annotations
 
