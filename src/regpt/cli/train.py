@@ -189,7 +189,9 @@ class Screen:
         from regpt.cli.plan import describe
 
         self._close_bar()
-        self.out.info(describe(self.config, values["plan"], values["machine"], values["shards"]))
+        found = dataclasses.replace(self.config.eval, tasks=",".join(values["tasks"]) or None)
+        config = dataclasses.replace(self.config, eval=found)  # without what could not be downloaded
+        self.out.info(describe(config, values["plan"], values["machine"], values["shards"]))
 
     def on_resume(self, step: int, values: dict[str, Any]) -> None:
         if self.plot is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 LEAST_WIDTH, LEAST_HEIGHT = 32, 7  # cells: below, a plot says nothing
-MOST_POINTS = 1024  # of a growing curve: more than the dots in the width of a terminal
+MOST_POINTS = 512  # of a growing curve: more than the dots in the width of a terminal
 ABOVE_SHARE = (
     0.05  # of a curve's points may lie above the frame: the first losses would flatten all later ones
 )

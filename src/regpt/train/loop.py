@@ -423,7 +423,8 @@ class Trainer:
         if self.val_split is not None and "eval" not in pace.pause_s:
             pace.guess({"eval": self._eval_guess_s(self.val_split.n_tokens)})
         if self.tasks and "tasks" not in pace.pause_s:
-            pace.guess({"tasks": self._eval_guess_s(passing_tokens(self.config))})
+            passing = passing_tokens(self.config, [task.name for task in self.tasks])
+            pace.guess({"tasks": self._eval_guess_s(passing)})
         self.tick()
 
     @torch.no_grad()

@@ -156,7 +156,8 @@ def _train(
         with shortage_said(plan, machine):
             plan = _same_steps(with_time(plan, config, machine), ranks)
             plan = _same_compile(plan, config, machine, run, ranks)
-            listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards})
+            names = [task.name for task in tasks]
+            listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards, "tasks": names})
             trainer = _trainer(
                 config, plan, machine, tokenizer, shards, loader, tasks, run, preset, listen, stop, ranks
             )

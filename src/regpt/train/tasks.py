@@ -15,8 +15,9 @@ import torch
 from regpt.config import Config, EvalConfig
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.likelihood import check_requests
+from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.task import Task
-from regpt.evals.tasks import LOSS, TASKS, open_task
+from regpt.evals.tasks import open_task
 from regpt.models import LanguageModel, build_model
 from regpt.paths import user_path
 from regpt.tokenizers import Tokenizer
@@ -50,10 +51,10 @@ def task_names(config: EvalConfig) -> list[str]:
             raise ConfigError(
                 f"eval.tasks names {LOSS}, which is evaluated anyway.", hint="--eval.every sets how often"
             )
-        if name not in TASKS:
+        if name not in TASK_NAMES:
             raise ConfigError(
-                f"eval.tasks names {name!r}, which is no task.{did_you_mean(name, TASKS)}",
-                expected=", ".join(TASKS),
+                f"eval.tasks names {name!r}, which is no task.{did_you_mean(name, TASK_NAMES)}",
+                expected=", ".join(TASK_NAMES),
             )
     return list(dict.fromkeys(names))
 
@@ -147,10 +148,10 @@ def evaluate_tasks(
     return figures
 
 
-def passing_tokens(config: Config) -> int:
-    """About how many tokens pass through the model in one evaluation of all tasks."""
+def passing_tokens(config: Config, names: Sequence[str]) -> int:
+    """About how many tokens pass through the model in one evaluation of these tasks."""
     smaller = BYTES_A_TOKEN if config.tokenizer.name in ("bytes", "chars") else 1.0
-    sizes = [SIZES[name] for name in task_names(config.eval)]
+    sizes = [SIZES[name] for name in names]
     return round(sum(smaller * tokens * min(rows, config.eval.tasks_rows or rows) for rows, tokens in sizes))
 
 
@@ -164,4 +165,4 @@ def tasks_time_s(config: Config, plan: Plan) -> float | None:
     if config.eval.tasks is None or plan.time_s is None:
         return None
     token_s = plan.time_s / plan.total_tokens * FORWARD_SHARE
-    return token_s * passing_tokens(config) * evaluations(config.eval, plan.steps)
+    return token_s * passing_tokens(config, task_names(config.eval)) * evaluations(config.eval, plan.steps)
