@@ -86,15 +86,16 @@ def test_answers_and_accuracies_equal_lm_eval(
     assert [len(row) for row in answers] == [len(row) for row in theirs.logprobs]
     for ours, harness in zip(answers, theirs.logprobs, strict=True):
         for (logprob, greedy), (expected, best) in zip(ours, harness, strict=True):
-            assert logprob == pytest.approx(expected, abs=1e-4, rel=2e-6) and greedy == best
+            assert logprob == pytest.approx(expected, abs=1e-4) and greedy == best
     values = result.as_dict()
     assert values["rows"] == count
     for name in ("acc", "acc_norm", "acc_bytes"):
         if name != "acc" and task == "lambada":
             continue
         assert values[name] == theirs.figures[f"{name},none"]
-        stderr = theirs.figures[f"{name}_stderr,none"]
-        assert values[f"{name}_stderr"] == (pytest.approx(stderr, rel=1e-12) if stderr != "N/A" else None)
+        if task != "lambada":
+            stderr = theirs.figures[f"{name}_stderr,none"]
+            assert values[f"{name}_stderr"] == pytest.approx(stderr, rel=1e-12)
     if task == "lambada":
         assert values["perplexity"] == pytest.approx(theirs.figures["perplexity,none"], rel=1e-4)
 

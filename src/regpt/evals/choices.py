@@ -120,7 +120,7 @@ def _hellaswag(row: Row) -> Question:
     if "ctx_a" in row.values:
         first, second = row.get("ctx_a", str), row.get("ctx_b", str)
         context = f"{first} {second.capitalize()}"
-        plain = row.values.get("ctx", f"{first} {second}".strip())
+        plain = row.get("ctx", str) if "ctx" in row.values else f"{first} {second}".strip()
     else:
         context = plain = row.get("ctx", str)
     return Question(
