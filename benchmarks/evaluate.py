@@ -109,8 +109,11 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
     """One way, once."""
     import torch
 
+    from regpt.train.allocator import keep_memory
     from regpt.train.machine import peak_memory_bytes, probe, using
 
+    if args.one not in ("nanogpt", "lm-eval"):
+        keep_memory()  # as `regpt eval` does
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
     machine = probe("cpu", args.threads)

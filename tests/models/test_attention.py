@@ -56,6 +56,10 @@ def test_queries_that_continue_a_cache_see_all_before_them(products: bool) -> No
     q, k, v = qkv(12)
     assert torch.allclose(attend(q, k, v)[:, :, 7:], attend(q[:, :, 7:], k, v), atol=1e-6)
     assert torch.allclose(attend(q, k, v)[:, :, 11:], attend(q[:, :, 11:], k, v), atol=1e-6)
+    for window in (1, 3, 6, 12):
+        windowed = attend(q, k, v, window=window)
+        assert torch.allclose(windowed[:, :, 7:], attend(q[:, :, 7:], k, v, window=window), atol=1e-6)
+    assert by_products("cpu", torch.float32, 5, 12) == products
 
 
 def test_dropout_keeps_the_mean_and_the_seed(products: bool) -> None:
@@ -72,4 +76,5 @@ def test_dropout_keeps_the_mean_and_the_seed(products: bool) -> None:
 
 def test_long_contexts_and_other_devices_take_the_kernel() -> None:
     assert not by_products("cpu", torch.bfloat16, attention.PRODUCTS_UP_TO + 1)
+    assert not by_products("cpu", torch.bfloat16, 64, attention.PRODUCTS_UP_TO + 1)
     assert not by_products("cuda", torch.bfloat16, 64)

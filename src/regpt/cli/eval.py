@@ -77,9 +77,11 @@ def main(argv: list[str]) -> int:
         from regpt.train.launch import launch
 
         return launch(args.nproc, ["eval", *argv])
+    from regpt.train.allocator import keep_memory
     from regpt.train.dist import joined
     from regpt.train.machine import probe, using
 
+    keep_memory()
     main_rank = os.environ.get("RANK", "0") == "0"
     out = Output(args if main_rank else dataclasses.replace(args, quiet=True))
     machine = probe(args.device, setting="--device")

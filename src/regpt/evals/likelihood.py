@@ -26,6 +26,7 @@ from regpt.train.dist import Ranks, is_sharded
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # of one pass, padding included
 SHARED_FROM = 8  # tokens of a context that are worth a pass of their own
 SPREAD = 8  # tokens by which contexts that pass together may differ, where equal ones are too few
+PADDED = 1 / 8  # of a row at most, in a pass that is well filled (a quarter of its tokens) without it
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -213,7 +214,12 @@ def _cut(rows: list[_Row], batch_tokens: int, shared: int) -> Iterator[list[_Row
     """Rows, longest first, in parts of `batch_tokens` behind what they share, padded to the longest of each part."""
     at = 0
     while at < len(rows):
-        count = max(batch_tokens // (len(rows[at].ids) - 1 - shared), 1)
+        longest = len(rows[at].ids) - 1 - shared
+        count = enough = max(batch_tokens // 4 // longest, 1)
+        for row in rows[at + enough : at + max(batch_tokens // longest, 1)]:
+            if len(row.ids) - 1 - shared < (1 - PADDED) * longest:
+                break
+            count += 1
         yield rows[at : at + count]
         at += count
 
@@ -260,7 +266,7 @@ def of_targets(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[T
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         aimed = logits.gather(1, y.unsqueeze(1))  # (rows, 1)
         largest, likeliest = logits.max(1, keepdim=True)
-        total = (logits - largest).exp_().sum(1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(1, keepdim=True)  # in place: the largest tensor there is
         nats.append((aimed - largest - total.log()).squeeze(1).cpu().double())
         best.append((likeliest.squeeze(1) == y).cpu())
     return torch.cat(nats), torch.cat(best)

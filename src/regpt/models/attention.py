@@ -19,9 +19,9 @@ PRODUCTS_UP_TO = 512  # positions
 products_in_float32 = False
 
 
-def by_products(device_type: str, dtype: torch.dtype, positions: int) -> bool:
-    """Whether `attend` multiplies matrices itself instead of calling the fused kernel."""
-    if device_type != "cpu" or not 1 < positions <= PRODUCTS_UP_TO:
+def by_products(device_type: str, dtype: torch.dtype, positions: int, seen: int | None = None) -> bool:
+    """Whether `attend` multiplies matrices itself instead of calling the fused kernel: T `positions`, S `seen` (None: T)."""
+    if device_type != "cpu" or positions == 1 or max(positions, seen or 0) > PRODUCTS_UP_TO:
         return False
     return dtype == torch.bfloat16 or products_in_float32
 
@@ -52,7 +52,7 @@ def attend(
     if window is not None and T + window - 1 < S:  # what no query sees
         k, v = k[:, :, S - (T + window - 1) :], v[:, :, S - (T + window - 1) :]
         S = T + window - 1
-    if S == T and by_products(q.device.type, q.dtype, T):
+    if by_products(q.device.type, q.dtype, T, S):
         return _products(q, k, v, dropout, scale, window)
     mask = None
     if T > 1 and (T < S or window is not None):  # is_causal aligns at the top left, which is wrong once S > T
@@ -66,12 +66,12 @@ def attend(
 def _products(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None, window: int | None
 ) -> Tensor:
-    B, H, T, D = q.shape
-    hidden = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    (B, H, T, D), S = q.shape, k.shape[2]
+    hidden = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
     if window is not None:
-        hidden = hidden + torch.full_like(hidden, -math.inf).tril(-window)
-    q, k, v = (part.reshape(B * H, T, D) for part in (q, k, v))
+        hidden = hidden + torch.full_like(hidden, -math.inf).tril(S - T - window)
+    q, k, v = (part.reshape(B * H, -1, D) for part in (q, k, v))
     scale = D**-0.5 if scale is None else scale
-    scores = torch.baddbmm(hidden.expand(B * H, T, T), q, k.transpose(1, 2), alpha=scale)  # (B·H, T, T)
+    scores = torch.baddbmm(hidden.expand(B * H, T, S), q, k.transpose(1, 2), alpha=scale)  # (B·H, T, S)
     weights = F.dropout(torch.softmax(scores, dim=-1), dropout)
     return torch.bmm(weights, v).view(B, H, T, D)
