@@ -72,7 +72,12 @@ def losses(args: argparse.Namespace) -> None:
     """One pass by the baseline, then the modern recipe until it is as good."""
     tokens = json.loads((args.data / "manifest.json").read_text())["splits"]["train"]["tokens"]
     whole = tokens // args.batch_tokens
-    common = {"data.source": args.data, "train.batch-tokens": args.batch_tokens, "save.every": "none"}
+    common = {
+        "data.source": args.data,
+        "train.batch-tokens": args.batch_tokens,
+        "save.every": "none",
+        "eval.tasks": "none",
+    }
     with tempfile.TemporaryDirectory() as folder:
 
         def trained(preset: str, name: str, n: int, more: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tiny import TINY_TEXT, tiny_config
 from torch import Tensor
 
 from regpt.config import Config, ModelConfig, ModernConfig
@@ -28,6 +27,7 @@ from regpt.optim.muon import orthogonalize
 from regpt.tokenizers.bytes import ByteTokenizer
 from regpt.train.machine import peak_memory_bytes, probe
 from regpt.train.session import train
+from tiny import TINY_TEXT, tiny_config
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -169,3 +171,48 @@ def test_the_log_of_a_run_is_the_run_as_it_was_heard() -> None:
         heard.hear(*event)
     read.read({"event": event, "step": step, **values} for event, step, values in events)
     assert read.text(80, 12) == heard.text(80, 12) != ""
+
+
+def test_frames_may_be_drawn_while_events_come() -> None:
+    """rich asks from a thread of its own: what it meets is never half of a point."""
+    plot, wrong = LossPlot(), []
+    done = threading.Event()
+
+    def draw() -> None:
+        try:
+            while not done.is_set():
+                plot.text(60, 12)
+        except Exception as e:
+            wrong.append(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        drawing = threading.Thread(target=draw)
+        drawing.start()
+        for step in range(1, 20_000):
+            plot.hear("step", step, {"loss": 3.0 + 1 / step})
+        done.set()
+        drawing.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("loss", ["low", True, None, 10**400, float("nan"), [1.0]])
+def test_what_is_no_number_is_passed_over(loss: object) -> None:
+    plot = LossPlot()
+    plot.read([{"event": "step", "step": 1, "loss": 2.0}, {"event": "step", "step": 2, "loss": loss}])
+    plot.read([{"event": "step", "step": "3", "loss": 1.0}, {"event": "step", "loss": 1.0}])
+    assert "training loss 2" in plot.text(60, 12)
+
+
+def test_what_is_made_again_takes_the_place_of_what_was() -> None:
+    """A run that was rolled back: evaluations of undone steps go with them."""
+    plot = LossPlot()
+    for step in (20, 40, 60):
+        plot.hear("step", step, {"loss": 5.0})
+        plot.hear("eval", step, {"val_loss": float(step)})
+    assert "validation loss 60" in plot.text(80, 12)
+    plot.hear("step", 41, {"loss": 4.0})
+    assert "validation loss 40" in plot.text(80, 12) and "training loss 4" in plot.text(80, 12)

@@ -16,6 +16,7 @@ import tyro
 from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
 from regpt.errors import Interrupted, TrainingDiverged
+from regpt.evals.names import HEADLINES
 from regpt.paths import user_path
 from regpt.report.terminal import LossPlot
 
@@ -116,13 +117,9 @@ def quoted(sample: dict[str, Any]) -> str:
     return "\n".join("  | " + line for line in text.splitlines())
 
 
-# Of a task's figures, those that a line has room for: the first that it has.
-HEADLINES = ("acc_norm", "acc", "word_perplexity", "perplexity")
-
-
-def _headline(figures: dict[str, Any]) -> str:
-    """A task's figure with its standard error; `regpt eval` and the log have all of them."""
-    name = next((name for name in HEADLINES if name in figures), next(iter(figures)))
+def _headline(task: str, figures: dict[str, Any]) -> str:
+    """The figure that stands for a task, with its standard error; `regpt eval` and the log have all of them."""
+    name = HEADLINES[task]
     error = figures.get(f"{name}_stderr")
     return f"{name} {figures[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
@@ -240,7 +237,7 @@ class Screen:
     def on_tasks(self, step: int, values: dict[str, Any]) -> None:
         for task, figures in values.items():
             if isinstance(figures, dict):
-                self.out.info(f"step {step:>6}  {task} {_headline(figures)}")
+                self.out.info(f"step {step:>6}  {task} {_headline(task, figures)}")
 
     def on_sample(self, step: int, values: dict[str, Any]) -> None:
         self.sampled = True

@@ -109,7 +109,7 @@ def open_hellaswag(data: Path | None, limit: int | None) -> MultipleChoice:
     which build-nanogpt's prompt is not known.
     """
     rows = read_rows(find(HELLASWAG, data), limit)
-    return MultipleChoice(name="hellaswag", headline="acc_norm", questions=[_hellaswag(row) for row in rows])
+    return MultipleChoice(name="hellaswag", questions=[_hellaswag(row) for row in rows])
 
 
 def _hellaswag(row: Row) -> Question:
@@ -162,7 +162,7 @@ PIQA = Files(
 def open_arc_easy(data: Path | None, limit: int | None) -> MultipleChoice:
     """ARC-easy (Clark et al. 2018), 2,376 rows of the test set: as on the hub, or as in AI2's own archive."""
     rows = read_rows(find(ARC_EASY, data), limit)
-    return MultipleChoice(name="arc_easy", headline="acc_norm", questions=[_arc(row) for row in rows])
+    return MultipleChoice(name="arc_easy", questions=[_arc(row) for row in rows])
 
 
 def _arc(row: Row) -> Question:
@@ -203,7 +203,7 @@ def open_piqa(data: Path | None, limit: int | None) -> MultipleChoice:
             Row(row.path, row.number, {**row.values, "label": label})
             for row, label in zip(rows, labels, strict=False)
         ]
-    return MultipleChoice(name="piqa", headline="acc_norm", questions=[_piqa(row) for row in rows])
+    return MultipleChoice(name="piqa", questions=[_piqa(row) for row in rows])
 
 
 def _piqa(row: Row) -> Question:

@@ -60,4 +60,4 @@ class Lambada(Task):
 def open_lambada(data: Path | None, limit: int | None) -> Lambada:
     """LAMBADA from rows with the field `text`."""
     rows = read_rows(find(LAMBADA, data), limit)
-    return Lambada(name="lambada", headline="acc", texts=[row.get("text", str) for row in rows])
+    return Lambada(name="lambada", texts=[row.get("text", str) for row in rows])

@@ -11,6 +11,7 @@ from typing import Unpack
 from regpt.errors import DataError
 from regpt.evals.figures import Figure, TaskResult
 from regpt.evals.likelihood import Options, Request, Scored, score
+from regpt.evals.names import HEADLINES
 from regpt.models import LanguageModel
 from regpt.tokenizers import Tokenizer
 
@@ -25,8 +26,6 @@ class Task(ABC):
     """A set of rows, and how a model is asked about them."""
 
     name: str
-    headline: str
-    """The figure that stands for the task."""
 
     @property
     @abstractmethod
@@ -75,7 +74,7 @@ class Task(ABC):
         return TaskResult(
             task=self.name,
             figures=self.figures(answers),
-            headline=self.headline,
+            headline=HEADLINES[self.name],
             rows=self.rows,
             seconds=time.perf_counter() - begun,
             cut=len(cut),

@@ -86,7 +86,7 @@ def open_wikitext(data: Path | None, limit: int | None) -> WikiText:
         found = [row.get("page", str) for row in read_rows(path, limit)]
     else:
         found = list(pages(read_text(path)))[:limit]
-    return WikiText(name="wikitext", headline="word_perplexity", pages=found)
+    return WikiText(name="wikitext", pages=found)
 
 
 def pages(text: str) -> Iterator[str]:

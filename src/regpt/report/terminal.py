@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -117,15 +118,22 @@ class Thinned:
         self._each = 1  # points given for one that is kept
         self._begun: list[tuple[float, float]] = []  # given, and not kept yet
 
-    def add(self, x: float, y: float | None) -> None:
-        """One point. One that lies before others takes their place: a run that was rolled back makes them again."""
-        if y is None or not math.isfinite(y):
-            return
+    def cut(self, x: float) -> None:
+        """Forget what lies at x and beyond."""
         if self.x and x <= self.x[-1]:
             kept = next(i for i, old in enumerate(self.x) if old >= x)
             del self.x[kept:], self.y[kept:]
             self._begun = []
         self._begun = [point for point in self._begun if point[0] < x]
+
+    def add(self, x: float, y: object) -> None:
+        """One point. One that lies before others takes their place: a run that was rolled back makes them again.
+
+        What is no number, of a log that somebody edited, is passed over.
+        """
+        if not is_number(y):
+            return
+        self.cut(x)
         self._begun.append((x, max(-LARGEST, min(y, LARGEST))))
         if len(self._begun) < self._each:
             return
@@ -145,38 +153,42 @@ class Thinned:
 class LossPlot:
     """The training loss as a line and each validation loss as a mark: what `rich` draws over the bar of a run.
 
-    A frame is made anew only where the curves or the terminal have changed.
+    A frame is made anew only where the curves or the terminal have changed. Events come from one thread, frames are asked for
+    by another.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._training, self._validation = Thinned(), Thinned()
         self._changes = 0
         self._last: tuple[object, str] = (None, "")
 
     def hear(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """One event of a run, as it happens or from its log."""
-        if event == "step":
-            self._training.add(step, values.get("loss"))
-        elif event == "eval":
-            self._validation.add(step, values.get("val_loss"))
-        else:
-            return
-        self._changes += 1
+        with self._lock:
+            if event == "step":
+                self._training.add(step, values.get("loss"))
+                self._validation.cut(step)  # of a run that was rolled back: evaluated again
+            elif event == "eval":
+                self._validation.add(step, values.get("val_loss"))
+            else:
+                return
+            self._changes += 1
 
     def read(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """The lines of a run's log."""
         for entry in entries:
-            self.hear(str(entry.get("event")), entry["step"], entry)
+            if is_number(entry.get("step")):
+                self.hear(str(entry.get("event")), entry["step"], entry)
 
     def text(self, width: int, height: int, *, ascii_only: bool = False) -> str:
         """As `terminal_plot`."""
-        asked = (width, height, ascii_only, self._changes)
-        if self._last[0] != asked:
+        with self._lock:
+            asked = (width, height, ascii_only, self._changes)
             both = (("training loss", self._training, False), ("validation loss", self._validation, True))
-            series = []
-            for name, curve, marked in both:
-                x, y = curve.points()
-                series.append(Series(name=name, x=x, y=y, marked=marked))
+            points = [(name, *curve.points(), marked) for name, curve, marked in both]
+        if self._last[0] != asked:
+            series = [Series(name=name, x=x, y=y, marked=marked) for name, x, y, marked in points]
             self._last = (asked, terminal_plot(series, width, height, ascii_only=ascii_only))
         return self._last[1]
 
@@ -191,6 +203,15 @@ class LossPlot:
             text.highlight_regex("[\u2801-\u28ff]+", "dim cyan")
             text.highlight_regex("◆( [a-z ]*[0-9.e+-]+)?", "bold green")
             yield text
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is one that can be drawn."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and (abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value))
+    )
 
 
 def _finite(s: Series) -> list[tuple[float, float]]:

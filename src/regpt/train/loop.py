@@ -26,7 +26,6 @@ from regpt.data.loader import Loader
 from regpt.data.split import TokenSplit
 from regpt.errors import CheckpointError, DeviceError, Interrupted, TrainingDiverged
 from regpt.evals.loss import SplitLoss, split_loss
-from regpt.evals.task import Task
 from regpt.infer.engine import Piece, collect, generate
 from regpt.infer.settings import SamplingSettings
 from regpt.models import LanguageModel
@@ -50,7 +49,7 @@ from regpt.train.parallel import Gradients, grad_norm, shard, spread, whole
 from regpt.train.plan import Plan
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest
-from regpt.train.tasks import evaluate_tasks, passing_tokens
+from regpt.train.tasks import Prepared, evaluate_tasks, passing_tokens
 from regpt.train.track import Listener, Tracker
 
 # Small micro-batches are evaluated in passes up to this many tokens (a CPU is no faster with more, and they cost memory).
@@ -121,7 +120,7 @@ class Trainer:
         tokenizer: Tokenizer,
         loader: Loader,
         val_split: TokenSplit | None,
-        tasks: Sequence[Task] = (),
+        tasks: Sequence[Prepared] = (),
         *,
         run: RunDirectory,
         facts: dict[str, Any],
@@ -423,7 +422,7 @@ class Trainer:
         if self.val_split is not None and "eval" not in pace.pause_s:
             pace.guess({"eval": self._eval_guess_s(self.val_split.n_tokens)})
         if self.tasks and "tasks" not in pace.pause_s:
-            passing = passing_tokens(self.config, [task.name for task in self.tasks])
+            passing = passing_tokens(self.config, [p.task.name for p in self.tasks])
             pace.guess({"tasks": self._eval_guess_s(passing)})
         self.tick()
 

@@ -27,7 +27,6 @@ from regpt.errors import (
     RegptError,
     TrainingDiverged,
 )
-from regpt.evals.task import Task
 from regpt.models import build_model
 from regpt.paths import nearest_existing, user_path
 from regpt.tokenizers import LEAST_ENTRIES, SIZES, Tokenizer
@@ -41,7 +40,7 @@ from regpt.train.machine import Machine, probe, using
 from regpt.train.plan import Plan, as_dict, make_plan, with_steps
 from regpt.train.run import RunDirectory
 from regpt.train.signals import StopRequest, stop_on_signal
-from regpt.train.tasks import check_tasks, open_tasks, task_names
+from regpt.train.tasks import Prepared, open_tasks, prepare_tasks, task_names
 from regpt.train.track import Listener, Tracker, check_trackers, make_trackers
 
 HOPELESS = 2.0  # times the memory that there is: more than an estimate errs and a swap file helps
@@ -136,7 +135,7 @@ def _train(
     )
     # A character that the tokenizer lacks is refused now, not at a sample.
     ranks.together(lambda: tokenizer.encode(config.sample.prompt))
-    ranks.together(lambda: check_tasks(tasks, config, tokenizer))
+    prepared = ranks.together(lambda: prepare_tasks(tasks, config, tokenizer))
     loader = ranks.together(
         lambda: Loader(
             shards.split("train"),
@@ -159,7 +158,7 @@ def _train(
             names = [task.name for task in tasks]
             listen("plan", 0, {"plan": plan, "machine": machine, "shards": shards, "tasks": names})
             trainer = _trainer(
-                config, plan, machine, tokenizer, shards, loader, tasks, run, preset, listen, stop, ranks
+                config, plan, machine, tokenizer, shards, loader, prepared, run, preset, listen, stop, ranks
             )
             try:
                 trainer.run()
@@ -287,7 +286,7 @@ def _trainer(
     tokenizer: Tokenizer,
     shards: TokenSet,
     loader: Loader,
-    tasks: Sequence[Task],
+    tasks: Sequence[Prepared],
     run: RunDirectory,
     preset: Preset | None,
     listen: Listener,

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from regpt.config import Config, EvalConfig
+from regpt.data.download import Unreachable
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.likelihood import check_requests
 from regpt.evals.names import LOSS, TASK_NAMES
-from regpt.evals.task import Task
+from regpt.evals.task import Parts, Task
 from regpt.evals.tasks import open_task
 from regpt.models import LanguageModel, build_model
 from regpt.paths import user_path
@@ -59,6 +61,14 @@ def task_names(config: EvalConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose rows are encoded once for a whole run."""
+
+    task: Task
+    parts: Parts
+
+
 def open_tasks(config: EvalConfig, ranks: Ranks, note: Callable[[str], None]) -> list[Task]:
     """The tasks with their rows, the same on all ranks; what must be downloaded is, once on each host.
 
@@ -70,54 +80,57 @@ def open_tasks(config: EvalConfig, ranks: Ranks, note: Callable[[str], None]) ->
         DataError: a file is missing, damaged or cannot be downloaded.
     """
     names = ranks.together(lambda: task_names(config))
-
-    def opened() -> list[Task | str]:
-        return [_open(name, config) for name in names]
-
-    found = ranks.first_on_each_host(opened)
-    tasks = []
-    for name, task in zip(names, found, strict=True):
-        # A host without internet must not stop the others in the middle of a task.
-        missing_on = ranks.largest(ranks.rank + 1 if isinstance(task, str) else 0)
-        if not missing_on and not isinstance(task, str):
-            tasks.append(task)
-        elif ranks.main:
-            reason = task if isinstance(task, str) else f"rank {missing_on - 1} could not have its file."
-            note(f"{name} is left out (eval.tasks_required=false): {reason}")
-    return tasks
-
-
-def _open(name: str, config: EvalConfig) -> Task | str:
-    """The task, or why there is none, where that is no reason to stop."""
     data = user_path(config.tasks_data) if config.tasks_data is not None else None
-    try:
-        return open_task(name, data, config.tasks_rows)
-    except DataError as e:
-        if config.tasks_required or data is not None:
-            raise
-        return str(e)
+    first = ranks.local_rank == 0
+
+    def attempted(name: str) -> Task | str:
+        """The task, or why there is none, where that is no reason to stop."""
+        try:
+            return open_task(name, data, config.tasks_rows)
+        except Unreachable as e:
+            if config.tasks_required or data is not None:
+                raise
+            return str(e)
+
+    found = ranks.together(lambda: [attempted(name) for name in names] if first else [])
+    wanted = []
+    for i, name in enumerate(names):
+        reason = found[i] if first and isinstance(found[i], str) else None
+        # A host without internet must not stop the others in the middle of a task.
+        without = ranks.largest(ranks.rank + 1 if reason is not None else 0)
+        if not without:
+            wanted.append(name)
+        elif ranks.main:
+            reason = reason or f"rank {without - 1} could not have its file."
+            note(f"{name} is left out (eval.tasks_required=false): {reason}")
+    later = ranks.together(
+        lambda: [] if first else [open_task(name, data, config.tasks_rows) for name in wanted]
+    )
+    opened = {task.name: task for task in [*found, *later] if isinstance(task, Task)}
+    return [opened[name] for name in wanted]
 
 
-def check_tasks(tasks: Sequence[Task], config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse now what would end a run at its first evaluation.
+def prepare_tasks(tasks: Sequence[Task], config: Config, tokenizer: Tokenizer) -> list[Prepared]:
+    """The tasks' rows as ids; refused now is what would end a run at its first evaluation.
 
     Raises:
         DataError: the tokenizer lacks characters of a task, or a continuation is longer than the model's context.
     """
     if not tasks:
-        return
+        return []
     with torch.device("meta"):  # its shape only
         model = cast(LanguageModel, build_model(config.model, tokenizer.vocab_size))
-    for task in tasks:
-        parts = task.requests(tokenizer, config.model.block_size)
+    prepared = [Prepared(task, task.requests(tokenizer, config.model.block_size)) for task in tasks]
+    for task, parts in ((p.task, p.parts) for p in prepared):
         try:
             check_requests(model, [r for rows in parts.values() for row in rows for r in row])
         except DataError as e:
             raise DataError(f"eval.tasks, {task.name}: {e.what}", got=e.got, expected=e.expected) from None
+    return prepared
 
 
 def evaluate_tasks(
-    tasks: Sequence[Task],
+    tasks: Sequence[Prepared],
     model: LanguageModel,
     tokenizer: Tokenizer,
     *,
@@ -139,12 +152,18 @@ def evaluate_tasks(
             poll()
 
     figures = {}
-    for task in tasks:
+    for prepared in tasks:
         poll()
-        result = task.evaluate(
-            model, tokenizer, device=device, autocast=autocast, progress=progress, ranks=ranks
+        result = prepared.task.evaluate(
+            model,
+            tokenizer,
+            parts=prepared.parts,
+            device=device,
+            autocast=autocast,
+            progress=progress,
+            ranks=ranks,
         )
-        figures[task.name] = result.as_dict()
+        figures[prepared.task.name] = result.as_dict()
     return figures
 
 

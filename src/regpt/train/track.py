@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from regpt.config import TrackConfig
 from regpt.errors import RegptError, missing_package
+from regpt.evals.names import NOT_FIGURES
 
 Listener = Callable[[str, int, dict[str, Any]], None]
 """Hears (event, step, values) of a run: info, note, progress, plan, resume, step, eval, tasks, sample, save."""
@@ -85,6 +86,7 @@ def curves(event: str, values: Mapping[str, Any]) -> dict[str, float]:
         for task, part in values.items()
         if isinstance(part, Mapping)
         for k, v in part.items()
+        if k not in NOT_FIGURES
     }
     numbers = {
         k: v

@@ -14,6 +14,7 @@ import pytest
 from rank_child import said, train
 
 from regpt.config import Config, EvalConfig, SampleConfig, SaveConfig
+from regpt.data.download import Unreachable
 from regpt.errors import ConfigError, DataError
 from regpt.evals.choices import MultipleChoice
 from regpt.evals.tasks import open_task
@@ -191,7 +192,7 @@ def test_an_ending_longer_than_the_context(config: Config) -> None:
 def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(name: str, data: Path | None, rows: int | None) -> Any:
         if data is None:
-            raise DataError(f"{name} could not be downloaded.")
+            raise Unreachable(f"{name} could not be downloaded.")
         return open_task(name, data, rows)
 
     monkeypatch.setattr(tasks, "open_task", refused)
@@ -234,6 +235,35 @@ def test_where_another_host_has_no_internet_all_leave_the_task_out(config: Confi
     heard: list[str] = []
     assert open_tasks(config.eval, Two(world=2), heard.append) == []
     assert heard == ["hellaswag is left out (eval.tasks_required=false): rank 1 could not have its file."]
+
+
+def test_what_the_first_of_a_host_could_not_have_the_others_do_not_ask_for(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would wait for as long again."""
+    asked: list[str] = []
+
+    class Second(Ranks):
+        def largest(self, value: int) -> int:
+            return max(value, 1)  # local rank 0 has none
+
+        def together(self, work: Callable[[], Any]) -> Any:
+            return work()
+
+    monkeypatch.setattr("regpt.train.tasks.open_task", lambda name, *_: asked.append(name))
+    assert open_tasks(config.eval, Second(rank=1, world=2, local_rank=1), lambda _: None) == []
+    assert asked == []
+
+
+def test_a_damaged_file_is_no_reason_to_go_on_without(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> None:
+        raise DataError("the file is not the one that is known.")
+
+    monkeypatch.setattr("regpt.train.tasks.open_task", damaged)
+    with pytest.raises(DataError, match="not the one that is known"):
+        open_tasks(with_eval(config, tasks_data=None, tasks_required=False).eval, Ranks(), print)
 
 
 # --- on several ranks ------------------------------------------------------------------------------------------------
