@@ -7,8 +7,7 @@
 Each figure is of a process of its own; processes follow one another in turn, as often as --rounds says, and medians are shown.
 All train the same shape on batches of the same size, cut from the same random ids, with weights in float32 and products in
 the dtype named (autocast for bfloat16): forward and backward passes of each micro-batch, gradient norm clipped at 1, AdamW.
-Three steps warm up; then as many
-are timed as --steps says, or as take ten seconds (at least five).
+Three steps warm up; then as many are timed as --steps says, or as take ten seconds (at least five).
 
 regpt         `regpt bench train`, model.arch=gpt2, without biases
 nanogpt       model.py and configure_optimizers of CLONE (github.com/karpathy/nanoGPT), and the loop of its train.py; no biases
