@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from regpt.cli.parse import CommonArgs, Output
 from regpt.errors import ConfigError
-from regpt.evals.compare import Run, Values, aligned, beside, columns, named_figures, sources, written
+from regpt.evals.compare import (
+    Run,
+    Values,
+    aligned,
+    beside,
+    columns,
+    held_out,
+    named_figures,
+    sources,
+    tokens_of,
+    written,
+)
 from regpt.paths import user_path
 
 if TYPE_CHECKING:
@@ -124,12 +135,12 @@ def harness_table(found: Mapping[str, Values]) -> str:
 
 
 def published_beside(
-    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, corpus: str | None
+    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, text: Text | None
 ) -> tuple[list[dict[str, Any]], str]:
     """Published figures of what was evaluated: for JSON, and as a table with its sources below; empty where there are none.
 
     Args:
-        corpus: what the loss is of, as data.source names it; None: some other text.
+        text: what the loss is of; None: some text that is not known by name.
     """
     from regpt.models.count import count_parameters
 
@@ -137,7 +148,9 @@ def published_beside(
         return [], ""
     run = Run(
         parameters=count_parameters(loaded.config, loaded.tokenizer.vocab_size).total,
-        corpus=corpus,
+        corpus=text.corpus if text else None,
+        held_out=text.held_out if text else None,
+        tokenizer=tokens_of(loaded.tokenizer.kind, loaded.tokenizer.vocab_size),
     )
     found = beside(ours, run, every=args.published == "all")
     if not found:
@@ -147,9 +160,31 @@ def published_beside(
     return [c.as_dict() for c in found], "\n".join(lines)
 
 
-def corpus_of(loaded: Loaded) -> str | None:
-    """The text of a run's own validation split, as data.source named it; None where the run does not say."""
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a loss over a run's own validation split is of."""
+
+    corpus: str
+    """As data.source names it; of a file with the bytes of a named set that one's name."""
+    held_out: str
+    """Which part of it."""
+
+
+def text_of(data: Mapping[str, Any]) -> Text | None:
+    """The text that settings (data.*) mean; None where they name none."""
+    from regpt.data.named import NAMED_SETS
     from regpt.data.sources import known_text
+
+    source = data.get("source")
+    if not isinstance(source, str) or not source:
+        return None
+    corpus = known_text(source)
+    named = NAMED_SETS.get(corpus)
+    return Text(corpus=corpus, held_out=held_out(data, named.val_split if named else None))
+
+
+def text_of_run(loaded: Loaded) -> Text | None:
+    """The text of a run's own validation split; None where the run does not say."""
     from regpt.errors import CheckpointError
     from regpt.train.run import RunDirectory
 
@@ -157,5 +192,4 @@ def corpus_of(loaded: Loaded) -> str | None:
         settings = RunDirectory(Path(loaded.path).absolute().parent.parent).config
     except CheckpointError:
         return None
-    source = settings.get("data", {}).get("source")
-    return known_text(source) if isinstance(source, str) and source else None
+    return text_of(settings.get("data", {}))

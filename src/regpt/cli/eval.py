@@ -15,16 +15,17 @@ import tyro
 
 from regpt.cli.beside import (
     BesideArgs,
-    corpus_of,
     harness_table,
     open_harness,
     published_beside,
     run_harness,
+    text_of_run,
 )
-from regpt.cli.parse import Output, duration, parse
+from regpt.cli.parse import Output, duration, finite, parse
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.paths import user_path
+from regpt.tokenizers.files import write_file
 
 if TYPE_CHECKING:
     from regpt.adapters.lm_eval import HarnessTasks
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
     main_rank = os.environ.get("RANK", "0") == "0"
     out = Output(args if main_rank else dataclasses.replace(args, quiet=True))
     machine = probe(args.device, setting="--device")
-    with using(machine), joined(machine.kind) as ranks:
+    with using(machine, exact=True), joined(machine.kind) as ranks:
         harness = ranks.together(lambda: open_harness(args, out) if main_rank else None)
         evaluation = ranks.first_on_each_host(lambda: Evaluation(args, names, machine, ranks, out))
         results = evaluation.results()
@@ -96,16 +97,16 @@ def main(argv: list[str]) -> int:
     values |= {result.task: result.as_dict() | evaluation.about(result.task) for result in results}
     lines = [line for result in results for line in table(result)]
     if harness is not None:
-        with using(machine):
+        with using(machine, exact=True):
             values["harness"] = evaluation.by_harness(harness)
         lines.append(harness_table(values["harness"]))
     ours = {result.task: values[result.task] for result in results}
-    corpus = corpus_of(loaded) if args.split is None else None
-    values["published"], beside = published_beside(args, ours, loaded, corpus)
-    if args.out is not None:
-        user_path(args.out).write_text(json.dumps(_finite(values), indent=1) + "\n", encoding="utf-8")
+    text = text_of_run(loaded) if args.split is None else None
+    values["published"], beside = published_beside(args, ours, loaded, text)
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
     out.result(values, "\n".join([*lines, *([beside] if beside else [])]))
+    if args.out is not None:  # last: where the disk says no, the figures have been seen
+        write_file(user_path(args.out), json.dumps(finite(values), indent=1).encode() + b"\n")
     return 0
 
 
@@ -160,6 +161,8 @@ class Evaluation:
         self.parts: dict[str, Parts] = {
             name: task.requests(tokenizer, self.loaded.config.block_size) for name, task in self.tasks.items()
         }
+        for name, task in self.tasks.items():
+            task.check(model, self.parts[name])
 
     def results(self) -> list[TaskResult]:
         """Of every task, in the order asked for."""
@@ -208,12 +211,13 @@ class Evaluation:
     def _loss(self) -> TaskResult:
         import time
 
+        from regpt.data.loader import window_count
         from regpt.evals.figures import Figure, TaskResult
         from regpt.evals.loss import split_loss
 
         assert self.split is not None
         begun = time.perf_counter()
-        windows = 1 + -(-max(self.split.n_tokens - 1 - self.context, 0) // self.stride)
+        windows = window_count(self.split, self.context, self.stride)
         with self.out.progress(LOSS, windows, "windows") as bar:
             found = split_loss(
                 self.loaded.model,
@@ -262,12 +266,16 @@ def open_split(args: Args, loaded: Loaded) -> TokenSplit:
 
     if args.split is None:
         return own_split(args.run, loaded)
-    path, name = user_path(args.split), "val"
+    path, name = user_path(args.split), ""
     if not path.exists() and ":" in args.split:
         before, _, name = args.split.rpartition(":")
         path = user_path(before)
     if (path / MANIFEST).exists():
-        return require_same(Shards.open(path), loaded, path).split(name)
+        return require_same(Shards.open(path), loaded, path).split(name or "val")
+    if path.is_file() and name:
+        raise DataError(
+            f"--split {args.split}: a text file has no splits.", got=name, hint=f"--split {path}: all of it"
+        )
     if path.is_file():
         return TextSplit(path, loaded.tokenizer)
     raise DataError(
@@ -283,7 +291,13 @@ def own_split(run: str, loaded: Loaded) -> TokenSplit:
     from regpt.train.run import RunDirectory
 
     folder = loaded.path.absolute().parent.parent
-    config = build(Config, RunDirectory(folder).config, where=str(folder / "run.json"))
+    run_directory = RunDirectory(folder)
+    if not run_directory.begun:
+        raise DataError(
+            f"{run} does not say what it was trained on: {run_directory.record.name} is not there.",
+            hint="--split with a shard directory or a text file",
+        )
+    config = build(Config, run_directory.config, where=str(run_directory.record))
     _, _, tokens = known_corpus(config)
     if tokens is None:
         raise DataError(
@@ -327,8 +341,3 @@ def shown(figure: Figure) -> str:
     if figure.interval is not None:
         text += "  [{:.4f}, {:.4f}]".format(*figure.interval)
     return text
-
-
-def _finite(values: Any) -> Any:
-    """The same with null for what is not finite."""
-    return json.loads(json.dumps(values), parse_constant=lambda name: None)
