@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +177,26 @@ def test_tasks_are_evaluated_and_judged(reproduce: Reproduce, test_data: Path) -
     assert gpt2["ours"] == values["hellaswag"]["acc_norm_tokens"] and gpt2["margin"] > 0.2
     assert gpt2["within_noise"] is (abs(gpt2["difference"]) <= gpt2["margin"])
     assert "other rows: 8 of them, theirs 10,042" in gpt2["why"]
+
+
+def test_why_there_is_no_loss(reproduce: Reproduce, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regpt.cli.reproduce import no_loss
+    from regpt.train import checkpoint
+    from regpt.train.load import load_model
+
+    words = ("shakespeare-char-cpu", *TINY, "--json")
+    values = json.loads(reproduce(*words, "--out", "r", "--data.val-fraction", "0")[1])
+    assert values["skipped"] == {"loss": "the run has no validation split"}
+    assert reproduce(*words, "--out", "v")[0] == 0
+    loaded = load_model("v", which="last")
+    for step, said in (
+        (5, "the loss at step 5 was not finite"),
+        (3, "its last step, 5, was not evaluated (the loss was last taken: at step 3)"),
+        (None, "its last step, 5, was not evaluated (the loss was last taken: never)"),
+    ):
+        state = SimpleNamespace(state={"evaluated_step": step})
+        monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path, verify, state=state: state)
+        assert no_loss(loaded) == said
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,16 @@ def main(argv: list[str]) -> int:
     values["published"], beside = published_beside(args, ours, loaded, text)
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
     out.result(values, "\n".join([*lines, *([beside] if beside else [])]))
-    if args.out is not None:  # last: where the disk says no, the figures have been seen
-        write_file(user_path(args.out), json.dumps(finite(values), indent=1).encode() + b"\n")
+    return 0 if args.out is None else written_to(user_path(args.out), values, out)
+
+
+def written_to(path: Path, values: dict[str, Any], out: Output) -> int:
+    """Write figures that have been shown; the exit status. Where the disk says no, standard output has them all the same."""
+    try:
+        write_file(path, json.dumps(finite(values), indent=1).encode() + b"\n")
+    except DataError as e:
+        out.warn(f"{e}\n  The figures stand above.")
+        return e.exit_status
     return 0
 
 

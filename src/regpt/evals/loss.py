@@ -137,7 +137,7 @@ def check_windows(model: LanguageModel, context: int, stride: int) -> None:
         why = "its positions are learned, and end there" if context > size else "a window needs a token"
         raise ConfigError(
             f"--context {context:,} does not fit the model: {why}.",
-            expected="at least 1; beyond the model's own positions are turned on"
+            expected=f"1 or more; positions go on beyond the {size:,} of training"
             if is_rotary(model)
             else f"1 to {size:,}",
             hint=f"--context {size}",
