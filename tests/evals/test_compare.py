@@ -20,6 +20,7 @@ from regpt.evals.compare import (
     table,
     tokens_of,
 )
+from regpt.evals.figures import Figure, TaskResult, with_interval
 from regpt.evals.published import Published, figures, of_preset
 
 GPT2_124M = 124_439_808
@@ -217,12 +218,21 @@ def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
         ("lambada", "acc"): 0.3256,  # lm-eval's, which ours equals by definition; the paper's has a filter
         ("lambada", "perplexity"): 40.0554,
     }
-    text = columns(ours, found)
-    assert text.splitlines()[0].split() == ["this", "run", "GPT-2", "124M"]
-    assert ["hellaswag", "acc_norm", "0.3100", "±", "0.0046", "0.3114"] in [
-        line.split() for line in text.splitlines()
+    scored = TaskResult(
+        task="hellaswag",
+        figures={"acc_norm": with_interval(0.31, 0.0046), "acc_bytes": Figure(0.25)},
+        headline="acc_norm",
+        rows=10_042,
+        seconds=3.0,
+    )
+    guessed = {"perplexity": Figure(39.0, 1.0, (37.1, 41.0))}
+    last_words = TaskResult(task="lambada", figures=guessed, headline="perplexity", rows=9, seconds=1.0)
+    assert columns([scored, last_words], found) == [
+        ["", "this run", "95 %", "GPT-2 124M"],
+        ["hellaswag acc_norm", "0.3100 ± 0.0046", "[0.3010, 0.3190]", "0.3114"],
+        ["hellaswag acc_bytes", "0.2500", "", ""],
+        ["lambada perplexity", "39.00 ± 1.00", "[37.10, 41.00]", "40.06"],
     ]
-    assert "tokens" not in text and "seconds" not in text
     assert beside(ours, Run(parameters=1_500_000_000))[0].published.model == "GPT-2 1558M"
     every = beside(ours, web, every=True)
     assert {0.3256, 0.4599} <= {c.published.value for c in every if c.published.model == "GPT-2 124M"}

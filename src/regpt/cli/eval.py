@@ -19,9 +19,10 @@ from regpt.cli.beside import (
     open_harness,
     published_beside,
     run_harness,
+    table,
     text_of_run,
 )
-from regpt.cli.parse import Output, duration, finite, parse
+from regpt.cli.parse import Output, finite, parse
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.paths import user_path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from regpt.adapters.lm_eval import HarnessTasks
     from regpt.data.split import TokenSet, TokenSplit
     from regpt.evals.compare import Values
-    from regpt.evals.figures import Figure, TaskResult
+    from regpt.evals.figures import TaskResult
     from regpt.evals.task import Parts, Task
     from regpt.train.dist import Ranks
     from regpt.train.load import Loaded
@@ -95,16 +96,17 @@ def main(argv: list[str]) -> int:
     loaded = evaluation.loaded
     values: dict[str, Any] = {"run": args.run, "checkpoint": loaded.path.name, "step": loaded.step}
     values |= {result.task: result.as_dict() | evaluation.about(result.task) for result in results}
-    lines = [line for result in results for line in table(result)]
     if harness is not None:
         with using(machine, exact=True):
             values["harness"] = evaluation.by_harness(harness)
-        lines.append(harness_table(values["harness"]))
     ours = {result.task: values[result.task] for result in results}
     text = text_of_run(loaded) if args.split is None else None
-    values["published"], beside = published_beside(args, ours, loaded, text)
+    found = published_beside(args, ours, loaded, text)
+    values["published"] = [comparison.as_dict() for comparison in found]
+    lines = [table(args, results, found)] if results else []
+    lines += [harness_table(values["harness"])] if harness is not None else []
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
-    out.result(values, "\n".join([*lines, *([beside] if beside else [])]))
+    out.result(values, "\n".join(lines))
     return 0 if args.out is None else written_to(user_path(args.out), values, out)
 
 
@@ -332,20 +334,3 @@ def require_same(tokens: TokenSet, loaded: Loaded, path: Path) -> TokenSet:
             hint="prepare the text with the tokenizer folder of the run",
         )
     return tokens
-
-
-def table(result: TaskResult) -> list[str]:
-    """A line for every figure of a task, with its standard error and 95 % interval."""
-    took = f"{result.rows:,} {result.counted} in {duration(result.seconds)}"
-    lines = [f"{result.task:<12}{took}"]
-    return lines + [f"  {name:<24}{shown(figure)}" for name, figure in result.figures.items()]
-
-
-def shown(figure: Figure) -> str:
-    """0.3012 ± 0.0046  [0.2922, 0.3102]."""
-    text = f"{figure.value:.4f}"
-    if figure.stderr is not None:
-        text += f" ± {figure.stderr:.4f}"
-    if figure.interval is not None:
-        text += "  [{:.4f}, {:.4f}]".format(*figure.interval)
-    return text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.config import VAL_FRACTION
-from regpt.evals.figures import NORMAL_95
+from regpt.evals.figures import NORMAL_95, TaskResult
 from regpt.evals.names import LOSS
 from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
 
@@ -235,27 +235,25 @@ def _ratio(p: Published, run: Run) -> float:
     return math.exp(abs(math.log(run.parameters / p.parameters)))
 
 
-def columns(ours: Mapping[str, Values], found: Iterable[Comparison]) -> str:
-    """The table of `regpt eval`: the run's figures, and a column for each model that has some of them."""
+def columns(results: Iterable[TaskResult], found: Iterable[Comparison]) -> list[list[str]]:
+    """The rows of the table of `regpt eval`, headings first: a run's figures, and a column for each model that has some."""
     found = list(found)
     models = list(dict.fromkeys(c.published.model for c in found))
     theirs = {(c.published.model, c.published.task, c.published.figure): c.published.value for c in found}
-    rows = [["", "this run", *models]]
-    for task, values in ours.items():
-        for figure in named_figures(values):
-            own = written(figure, values[figure], values.get(f"{figure}_stderr"))
-            others = [theirs.get((m, task, figure)) for m in models]
-            rows.append([f"{task} {figure}", own, *("" if v is None else written(figure, v) for v in others)])
-    return aligned(rows)
-
-
-def named_figures(values: Values) -> list[str]:
-    """Of a task's values those that are figures: not standard errors, counts or times."""
-    return [
-        name
-        for name, value in values.items()
-        if isinstance(value, float) and "stderr" not in name and name not in ("seconds", "time_s")
-    ]
+    rows = [["", "this run", "95 %", *models]]
+    for result in results:
+        for name, figure in result.figures.items():
+            ends = figure.interval and ", ".join(written(name, end) for end in figure.interval)
+            others = (theirs.get((m, result.task, name)) for m in models)
+            rows.append(
+                [
+                    f"{result.task} {name}",
+                    written(name, figure.value, figure.stderr),
+                    f"[{ends}]" if ends else "",
+                    *("" if v is None else written(name, v) for v in others),
+                ]
+            )
+    return rows
 
 
 def sources(found: Iterable[Comparison]) -> list[str]:
