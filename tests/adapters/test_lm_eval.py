@@ -273,6 +273,24 @@ def test_a_character_that_the_tokenizer_lacks_is_named(folder: Path) -> None:
         evaluated(folder, ["animals"], random_model(tokenizer.vocab_size), tokenizer)
 
 
+def test_sampled_repeats_differ_and_come_again() -> None:
+    """Each request has its place for a seed."""
+    ours = bridge.HarnessModel(random_model(257), ByteTokenizer())
+    asked = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    repeats = [SimpleNamespace(args=("Ducks", asked))] * 3
+    texts = ours.generate_until(repeats)
+    assert len(set(texts)) == 3
+    assert ours.generate_until(repeats) == texts
+
+
+def test_a_way_of_generating_that_we_lack_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    text = GENERATED.replace("FOLDER", str(folder)).replace("max_gen_toks: 12", "typical_p: 0.9")
+    (tmp_path / "d.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="a task of lm-eval asks for generation with typical_p") as caught:
+        bridge.open_tasks(["written"], tmp_path)
+    assert "got: 0.9" in str(caught.value) and "try: a task file of your own" in str(caught.value)
+
+
 def test_what_generation_lacks_is_refused() -> None:
     with pytest.raises(ConfigError, match="generation with num_beams, which regpt does not have") as caught:
         bridge.generation({"until": ["."], "num_beams": 4})

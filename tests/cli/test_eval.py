@@ -103,9 +103,17 @@ def test_the_table_shows_every_figure(run: Path, capsys: pytest.CaptureFixture[s
     assert main(["eval", "run", *words]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert lines[0].startswith("hellaswag   3 rows in ")
-    assert [line.split()[0] for line in lines[1:]] == ["acc", "acc_norm", "acc_bytes", "acc_norm_tokens"]
-    assert all(" ± 0.0000  [" in line for line in lines[1:])
+    assert lines[0].split() == ["this", "run", "95", "%"]
+    figures = ["acc", "acc_norm", "acc_bytes", "acc_norm_tokens"]
+    assert [line.split()[:2] for line in lines[1:5]] == [["hellaswag", name] for name in figures]
+    assert all(" ± 0.0000  [" in line for line in lines[1:5])
+    assert lines[5].startswith("hellaswag: 3 rows in ") and len(lines) == 6, "each figure stands there once"
+    assert main(["eval", "run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [
+        ["loss", name] for name in ("nats", "perplexity", "bits_per_byte")
+    ]
+    assert lines[4].startswith("loss: ") and " tokens in " in lines[4] and len(lines) == 5
     assert "of run, cpu float32" in shown.err
 
 
@@ -153,7 +161,9 @@ def test_two_processes_give_the_figures_of_one(run: Path, capfd: pytest.CaptureF
         (["--context", "33"], "ConfigError: --context 33 does not fit the model: its positions are learned"),
         (["--stride", "33"], "ConfigError: --stride 33 is out of range.\n  expected: 1 to the context, 32"),
         (["--split", "nix"], "DataError: --split nix is nothing that can be evaluated.\n  expected: a shard directory"),
-        (["--split", "empty.txt"], "DataError: empty.txt is empty."),
+        (["--split", "empty.txt"], "DataError: empty.txt is empty.\n  got: skipped: 1 empty\n  expected: text"),
+        (["--split", "text.txt:nonsense"], "DataError: --split text.txt:nonsense: a text file has no splits.\n"
+                                           "  got: nonsense\n  try: --split text.txt: all of it"),
         (["--tasks", "lambada", "--data", "nix"], "DataError: there is no file or folder nix with the rows of lambada."),
         (["--tasks", "lambada", "--data", "hellaswag.jsonl"], "DataError: hellaswag.jsonl, row 0 has no field 'text'."),
     ],
@@ -220,6 +230,64 @@ def test_characters_that_the_model_has_never_seen(
         "DataError: hellaswag, row 0: the model's tokenizer cannot write this text: the character 'O' (U+004F)"
     )
     assert "try: a model whose tokenizer knows every byte: gpt2, bpe or bytes" in shown.err and not shown.out
+
+
+def test_a_choice_that_does_not_fit_is_told_before_the_loss_is_computed(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regpt.evals import loss
+
+    long = json.dumps({**ROW, "endings": ["far.", "over the hills and far away, one by one"]})
+    Path("hellaswag.jsonl").write_text(json.dumps(ROW) + "\n" + long + "\n")
+    monkeypatch.setattr(loss, "split_loss", lambda *a, **k: pytest.fail("computed in vain"))
+    capsys.readouterr()
+    assert main(["eval", "run", "--tasks", "loss,hellaswag", "--data", "."]) == 2
+    assert capsys.readouterr().err.startswith(
+        "DataError: hellaswag, row 1: the continuation of request 1 is longer than the model's context.\n"
+        "  got: 40 tokens\n  expected: at most 32"
+    )
+
+
+def test_figures_are_shown_even_where_they_cannot_be_written(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regpt.tokenizers import files
+
+    def full(*paths: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        assert main(["eval", "run", "--json", "--out", "figures.json"]) == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["loss"]["nats"] > 0
+    assert "warning: cannot write figures.json: No space left on device" in shown.err
+    assert not list(Path().glob("*figures.json*"))
+
+
+def test_float32_is_float32_on_a_gpu_too(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not TF32, which training takes. Only what is asked of PyTorch is seen here: there need be no GPU."""
+    import torch
+
+    from regpt.train import machine
+
+    gpu = dataclasses.replace(machine.probe("cpu"), device="cuda:0")
+    for exact, expected in ((False, "high"), (True, "highest")):
+        with machine.using(gpu, exact=exact):
+            assert torch.get_float32_matmul_precision() == expected
+    asked = []
+    using = machine.using
+
+    def spied(of: machine.Machine, *, exact: bool = False) -> Any:
+        asked.append(exact)
+        return using(of, exact=exact)
+
+    monkeypatch.setattr(machine, "using", spied)
+    answer(capsys, "run")
+    assert asked == [True]
 
 
 def test_bfloat16_is_near(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

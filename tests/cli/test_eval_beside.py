@@ -125,6 +125,14 @@ def test_mistakes_are_told(evaluate: Evaluate, words: list[str], said: str) -> N
     assert (status, out) == (2, "") and said in err
 
 
+def test_a_run_that_does_not_say_its_text_asks_for_one(evaluate: Evaluate, run: Path) -> None:
+    status, out, err = evaluate()
+    assert (status, out) == (2, "") and "Errno" not in err
+    assert err.startswith(
+        f"DataError: {run} does not say what it was trained on: run.json is not there.\n  try: --split"
+    )
+
+
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "regpt.adapters.lm_eval", raising=False)

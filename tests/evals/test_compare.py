@@ -7,10 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from regpt.evals.compare import Comparison, Run, beside, columns, compare, count, markdown, sources, table
+from regpt.evals.compare import (
+    Comparison,
+    Run,
+    beside,
+    columns,
+    compare,
+    count,
+    held_out,
+    markdown,
+    sources,
+    table,
+    tokens_of,
+)
+from regpt.evals.figures import Figure, TaskResult, with_interval
 from regpt.evals.published import Published, figures, of_preset
 
 GPT2_124M = 124_439_808
+CHARS = {"corpus": "shakespeare", "tokenizer": "chars", "held_out": "0.1"}  # what nanoGPT's figures are of
 
 
 def one(**more: object) -> Published:
@@ -37,13 +51,86 @@ def test_a_share_is_judged_by_the_standard_errors_of_both() -> None:
 
 def test_a_loss_is_judged_by_the_spread_over_seeds() -> None:
     loss = next(f for f in of_preset("shakespeare-char-cpu") if f.model.startswith("regpt"))
-    assert loss.noise == 0.0083
-    run = Run(parameters=loss.parameters, corpus="shakespeare", tokens=loss.tokens)
+    assert (loss.seed_sd, loss.runs) == (0.0036, 5)
+    run = Run(parameters=loss.parameters, tokens=loss.tokens, **CHARS)
     near, far = (compare([loss], {"loss": {"nats": v}}, run, {})[0] for v in (1.9110, 1.9130))
+    assert near.margin == pytest.approx(1.96 * 0.0036 * math.sqrt(6 / 5)), (
+        "one more run, from the middle of five"
+    )
+    single = next(f for f in of_preset("shakespeare-char-cpu") if f.value == 1.8983)
+    found = compare([single], {"loss": {"nats": 1.9}}, run, {})[0]
+    assert found.margin == pytest.approx(1.96 * 0.0036 * math.sqrt(2)), "two single runs"
     assert (near.within_noise, far.within_noise, far.better, near.why) == (True, False, False, ())
     unknown = next(f for f in of_preset("shakespeare-char"))
     found = compare([unknown], {"loss": {"nats": 1.5}}, run, {})[0]
     assert found.within_noise is None and "no spread over seeds is known" in found.why
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"corpus": "my.txt"}, "other data: theirs is Tiny Shakespeare by character, the last tenth, this run's is my.txt"),
+        ({"corpus": None}, "other data: theirs is Tiny Shakespeare by character, the last tenth, this run's is not known"),
+        ({"tokenizer": "bpe of 512"}, "other tokens: theirs are chars, this run's bpe of 512"),
+        ({"tokenizer": None}, "other tokens: theirs are chars, this run's not known"),
+        ({"held_out": "0.5"}, "another part held out: theirs is 0.1, this run's 0.5"),
+        ({"changed": {"data.dedup": (False, True)}}, "other targets than the recipe's: data.dedup"),
+        ({"changed": {"tokenizer.name": ("chars", "bpe")}}, "other targets than the recipe's: tokenizer.name"),
+        ({"changed": {"data.val_source": (None, "x")}}, "other targets than the recipe's: data.val_source"),
+    ],
+)  # fmt: skip
+def test_a_loss_over_other_targets_is_not_judged(other: dict[str, object], why: str) -> None:
+    """Neither in the table nor beside: however near the two numbers lie."""
+    run = Run(**({"parameters": 804_224} | CHARS | other))  # type: ignore[arg-type]
+    ours = {"loss": {"nats": 1.9036}}
+    loss = next(f for f in of_preset("shakespeare-char-cpu") if f.value == 1.9036)
+    found = compare([loss], ours, run, {})[0]
+    assert (found.comparable, found.within_noise, found.margin) == (False, None, None) and why in found.why
+    assert found.as_dict()["comparable"] is False and "not comparable" in table([found]).splitlines()[1]
+    assert not beside(ours, run, every=True)
+
+
+def test_another_rule_is_not_judged() -> None:
+    """GPT-2's LAMBADA with its filter of stop words, GPT-3's HellaSwag on its own prompt; lm-eval's own figure is."""
+    filtered, plain = (f for f in figures("lambada") if (f.model, f.figure) == ("GPT-2 124M", "acc"))
+    values = {"acc": 0.4599, "acc_stderr": 0.0069}
+    found = compared(filtered, values)
+    assert (found.within_noise, found.margin, found.comparable) == (None, None, False)
+    assert found.why[0] == f"not comparable: {filtered.caveat}" and "not comparable" in table([found])
+    assert compared(plain, values).within_noise is False
+    gpt3 = next(f for f in figures("hellaswag") if f.model == "GPT-3 125M")
+    assert compared(gpt3, {"acc_norm_tokens": 0.337, "acc_norm_tokens_stderr": 0.0047}).within_noise is None
+
+
+def test_a_perplexity_without_a_standard_error_has_ours_in_proportion() -> None:
+    """Not none: it is an estimate from as many rows."""
+    theirs = next(f for f in figures("lambada") if f.value == 10.634)
+    found = compared(theirs, {"perplexity": 20.0, "perplexity_stderr": 0.4})
+    assert found.margin == pytest.approx(1.96 * math.hypot(0.4, 10.634 * 0.4 / 20.0))
+    assert "its standard error was not published: taken as ours in proportion" in found.why
+    known = next(f for f in figures("lambada") if f.value == 40.0554)
+    assert compared(known, {"perplexity": 20.0, "perplexity_stderr": 0.4}).margin == pytest.approx(
+        1.96 * math.hypot(0.4, 1.4787)
+    )
+    assert compared(theirs, {"perplexity": 20.0}).margin is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_judged(value: float) -> None:
+    found = compared(one(), {"acc_norm": value, "acc_norm_stderr": math.nan})
+    assert (found.within_noise, found.better) == (None, None)
+    assert "not finite" in table([found]).splitlines()[1] and "worse" not in table([found])
+    assert "this run's acc_norm is not finite" in found.why
+    unsure = compared(one(), {"acc_norm": 0.3, "acc_norm_stderr": math.nan})
+    assert unsure.within_noise is None and "not known" in table([unsure])
+
+
+def test_tokens_and_parts_by_name() -> None:
+    assert [tokens_of("bpe", 8192), tokens_of("gpt2", 50_257)] == ["bpe of 8,192", "gpt2"]
+    assert held_out({}, None) == "0.005" and held_out({}, "validation") == "validation"
+    assert held_out({"val_fraction": 0.1}, "validation") == "0.1"
+    assert held_out({"val_split": "test"}, "validation") == "test"
+    assert held_out({"val_source": "b.txt", "val_fraction": 0.1}, None) == "b.txt validation"
 
 
 def test_what_is_claimed_without_support_is_never_within_noise() -> None:
@@ -60,6 +147,8 @@ def test_the_reasons_that_are_known_are_said() -> None:
     run = Run(
         parameters=804_224,
         corpus="texts/mine.txt",
+        tokenizer="gpt2",
+        held_out="validation",
         tokens=1_000_000,
         changed={"train.steps": (3000, 5)},
     )
@@ -89,7 +178,7 @@ def test_the_tables_say_the_same() -> None:
             "loss": {"nats": 3.30},
             "hellaswag": {"acc_norm_tokens": 0.30, "acc_norm_tokens_stderr": 0.0046, "rows": 10_042},
         },
-        Run(parameters=GPT2_124M, corpus="fineweb-edu-10bt", tokens=10**10),
+        Run(parameters=GPT2_124M, corpus="fineweb-edu-10bt", tokenizer="gpt2", tokens=10**10),
         {},
     )
     text, page = table(found), markdown("a title", found)
@@ -119,7 +208,8 @@ def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
         },
         "lambada": {"acc": 0.33, "perplexity": 39.0},
     }
-    found = beside(ours, Run(parameters=GPT2_124M, corpus="openwebtext"))
+    web = Run(parameters=GPT2_124M, corpus="openwebtext", tokenizer="gpt2", held_out="0.0005")
+    found = beside(ours, web)
     assert {c.published.model for c in found} == {"GPT-2 124M"}
     assert {(c.published.task, c.published.figure): c.published.value for c in found} == {
         ("loss", "nats"): 3.12,
@@ -128,17 +218,26 @@ def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
         ("lambada", "acc"): 0.3256,  # lm-eval's, which ours equals by definition; the paper's has a filter
         ("lambada", "perplexity"): 40.0554,
     }
-    text = columns(ours, found)
-    assert text.splitlines()[0].split() == ["this", "run", "GPT-2", "124M"]
-    assert ["hellaswag", "acc_norm", "0.3100", "±", "0.0046", "0.3114"] in [
-        line.split() for line in text.splitlines()
+    scored = TaskResult(
+        task="hellaswag",
+        figures={"acc_norm": with_interval(0.31, 0.0046), "acc_bytes": Figure(0.25)},
+        headline="acc_norm",
+        rows=10_042,
+        seconds=3.0,
+    )
+    guessed = {"perplexity": Figure(39.0, 1.0, (37.1, 41.0))}
+    last_words = TaskResult(task="lambada", figures=guessed, headline="perplexity", rows=9, seconds=1.0)
+    assert columns([scored, last_words], found) == [
+        ["", "this run", "95 %", "GPT-2 124M"],
+        ["hellaswag acc_norm", "0.3100 ± 0.0046", "[0.3010, 0.3190]", "0.3114"],
+        ["hellaswag acc_bytes", "0.2500", "", ""],
+        ["lambada perplexity", "39.00 ± 1.00", "[37.10, 41.00]", "40.06"],
     ]
-    assert "tokens" not in text and "seconds" not in text
     assert beside(ours, Run(parameters=1_500_000_000))[0].published.model == "GPT-2 1558M"
-    every = beside(ours, Run(parameters=GPT2_124M, corpus="openwebtext"), every=True)
+    every = beside(ours, web, every=True)
     assert {0.3256, 0.4599} <= {c.published.value for c in every if c.published.model == "GPT-2 124M"}
     assert len(sources(every)) == len(every) > 20
-    small = beside({"loss": {"nats": 2.0}}, Run(parameters=804_224, corpus="shakespeare"))
+    small = beside({"loss": {"nats": 2.0}}, Run(parameters=804_224, **CHARS))
     assert [(c.published.model, c.published.value) for c in small] == [
         ("nanoGPT shakespeare-char, CPU", 1.8983),
         ("regpt shakespeare-char-cpu", 1.9036),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from regpt.config import ModelConfig, ModernConfig
-from regpt.errors import DataError
-from regpt.evals.likelihood import Request, Scored, score
+from regpt.errors import DataError, DeviceError
+from regpt.evals.likelihood import COPIED, Request, Scored, score
+from regpt.infer.cache import Continued
 from regpt.models import build_model
 from regpt.train.dist import Ranks
 
@@ -113,6 +115,35 @@ def test_every_model_scores_as_by_a_pass_of_each_request_alone(name: str, batch_
     assert {s.greedy for s in expected} == {True, False}
     assert max(len(r.context + r.continuation) for r in asked) > CONTEXT + 1
     assert alike(score(model, asked, batch_tokens=batch_tokens), expected)
+
+
+def test_keys_are_copied_for_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long context with many short choices: what they share counts for what a pass may take, too."""
+    model = made(dataclasses.replace(SHAPES["gpt2"], block_size=512))
+    context = tuple(i % VOCAB for i in range(400))
+    asked = [Request(context, (choice, choice)) for choice in range(100)]
+    expected = score(model, asked, batch_tokens=100_000)
+    sizes, update = [], Continued.update
+
+    def spied(self: Continued, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        found = update(self, layer, k, v)
+        sizes.append(found[0].shape[0] * found[0].shape[2])
+        return found
+
+    monkeypatch.setattr(Continued, "update", spied)
+    assert alike(score(model, asked, batch_tokens=256), expected)
+    assert 400 < max(sizes) <= COPIED * 256
+
+
+def test_too_little_memory_for_a_context_names_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(SHAPES["gpt2"])
+
+    def full(*shape: int, **more: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DeviceError, match=r"a cache of 1 x 38 positions .*\n  try: .*\(--batch-tokens\)"):
+        score(model, [Request((1,) * 39, (2,)), Request((1,) * 39, (3,))])
 
 
 def test_two_ranks_give_the_bits_of_one() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ from test_likelihood import SHAPES, made
 from torch import Tensor
 
 from regpt.config import ModelConfig, ModernConfig
+from regpt.data.prepare import prepare
+from regpt.data.shards import Shards
+from regpt.data.sources import open_source
 from regpt.data.split import IdsFile, TokenSplit
 from regpt.errors import ConfigError, DataError
-from regpt.evals.loss import split_loss
+from regpt.evals.loss import TextSplit, split_loss
+from regpt.tokenizers.bytes import ByteTokenizer
 from regpt.train.dist import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,6 +133,51 @@ def test_windows_that_the_model_cannot_see_are_refused(
     with pytest.raises(ConfigError) as caught:
         split_loss(made(SHAPES["gpt2"]), split_of(tmp_path, 100), rows=2, context=context, stride=stride)
     assert str(caught.value).startswith(message)
+
+
+def test_a_model_whose_positions_go_on_has_no_largest_window(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_loss(made(SHAPES["modern"]), split_of(tmp_path, 100), rows=2, context=0)
+    assert "expected: 1 or more; positions go on beyond the 48 of training" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one.txt", "several.txt", "rows.jsonl", "rows.jsonl.gz"])
+def test_a_text_file_is_read_as_prepare_reads_it(name: str, tmp_path: Path) -> None:
+    """Ids, documents and bytes of the shards that `regpt prepare` makes of it."""
+    texts = ["Little ducks went out.\nOver the hills", "ein Löwe 漢\n\n", " \n", "and far away. " * 40]
+    rows = "".join(json.dumps({"text": text, "nope": "x"}) + "\n" for text in texts).encode()
+    content = {
+        "one.txt": "".join(texts).encode(),
+        "several.txt": "\n<|endoftext|>\n".join(texts).encode(),
+        "rows.jsonl": rows,
+        "rows.jsonl.gz": gzip.compress(rows),
+    }
+    path, tokenizer = tmp_path / name, ByteTokenizer()
+    path.write_bytes(content[name])
+    prepare(open_source(str(path)), tokenizer, tmp_path / "shards", val_fraction=0.0)
+    expected = Shards.open(tmp_path / "shards").split("train")
+    found = TextSplit(path, tokenizer)
+    assert found.n_tokens == expected.n_tokens > 100 and found.name == name
+    assert (found.read(0, found.n_tokens) == expected.read(0, expected.n_tokens)).all()
+    assert found.document_ends.tolist() == expected.document_ends.tolist()
+    assert found.source_bytes == expected.source_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "FILE is empty.\n  got: skipped: 1 empty\n  expected: text"),
+        ("a.txt", b" \n", "FILE is empty.\n  got: skipped: 1 empty\n  expected: text"),
+        ("a.txt", b"\0\0", "FILE is empty.\n  got: skipped: 1 binary"),
+        ("a.jsonl", b'{"txt": "a"}\n', "FILE:1 has no field 'text'."),
+    ],
+)
+def test_a_text_file_without_text_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        TextSplit(path, ByteTokenizer())
+    assert str(caught.value).startswith(message.replace("FILE", str(path)))
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from regpt.config import load_preset, preset_names
 from regpt.data.named import NAMED_SETS
 from regpt.errors import ConfigError
+from regpt.evals.compare import Run, compare, held_out, tokens_of
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.published import (
     GPT2,
@@ -39,12 +40,14 @@ def test_every_entry_says_what_it_is_and_where_it_stands(figure: Published) -> N
     assert not set(figure.presets) - set(preset_names())
     if not figure.trusted:
         assert figure.caveat, "why it cannot be trusted"
-    if figure.noise is not None:
-        assert figure.noise_of
+    if figure.seed_sd is not None:
+        assert figure.seeds and figure.seed_sd > 0
+    assert figure.comparable or figure.caveat, "which other rule"
     if figure.task == "loss":
         assert figure.corpus in NAMED_SETS or figure.corpus == "fineweb-10bt"
+        assert figure.tokenizer
     else:
-        assert figure.corpus is None
+        assert (figure.corpus, figure.tokenizer, figure.held_out) == (None, None, None)
 
 
 def value(model: str, task: str, figure: str) -> list[float]:
@@ -81,6 +84,32 @@ def test_claims_with_nothing_behind_them_are_marked() -> None:
         ("Addi-11/build-nanogpt", 2.9478): "unsupported",
         ("Addi-11/build-nanogpt", 0.3337): "unsupported",
     }
+
+
+def test_every_source_is_used() -> None:
+    text = (resources.files("regpt") / "evals" / "published.toml").read_text(encoding="utf-8")
+    document = tomllib.loads(text)
+    used = {(group | own)["source"] for group in document["figures"] for own in group["values"]}
+    assert used == set(document["sources"])
+    assert {(group | own)["model"] for group in document["figures"] for own in group["values"]} == set(
+        document["parameters"]
+    )
+
+
+def test_a_presets_own_run_can_be_compared_with_its_losses() -> None:
+    """The recipe's text, tokens and held-out part are those of the figures that stand beside it, unless a caveat says no."""
+    for name in preset_names():
+        config = load_preset(name).config
+        named = NAMED_SETS[config.data.source]
+        run = Run(
+            parameters=1,
+            corpus=config.data.source,
+            tokenizer=tokens_of(config.tokenizer.name, config.tokenizer.vocab_size),
+            held_out=held_out(dataclasses.asdict(config.data), named.val_split),
+        )
+        for found in compare(of_preset(name), {"loss": {"nats": 3.0}}, run, {}):
+            if found.published.task == LOSS and found.published.trusted:
+                assert found.comparable or found.published.corpus != config.data.source, found.why
 
 
 def test_every_preset_that_was_run_has_a_figure() -> None:

@@ -9,6 +9,8 @@ import http.server
 import io
 import json
 import lzma
+import math
+import random
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_likelihood import SHAPES, made
 
 from regpt.errors import ConfigError, DataError
 from regpt.evals import choices, files
 from regpt.evals.choices import MultipleChoice, Question
-from regpt.evals.figures import exponential, mean, ratio
+from regpt.evals.figures import exponential, mean, ratio, scaled
 from regpt.evals.files import Files, Remote
+from regpt.evals.likelihood import Scored
 from regpt.evals.tasks import TASKS, open_task
-from regpt.evals.wikitext import pages, rolling
+from regpt.evals.wikitext import WikiText, detokenized, pages, rolling
 from regpt.tokenizers.bytes import ByteTokenizer
 from regpt.tokenizers.chars import train_chars
 
@@ -145,6 +149,53 @@ def test_means_ratios_and_their_errors() -> None:
     assert same.stderr == pytest.approx(mean([2.0, 4.0, 9.0]).stderr) and same.value == 5.0
     power = exponential(mean([1.0, 2.0]))
     assert power.value == pytest.approx(2.718281828**1.5) and power.stderr == pytest.approx(power.value * 0.5)
+    assert power.interval == pytest.approx((math.exp(1.5 - 1.96 * 0.5), math.exp(1.5 + 1.96 * 0.5)))
+    third = scaled(mean([1.0, 2.0]), 1 / 3)
+    assert (third.value, third.stderr) == pytest.approx((0.5, 0.5 / 3))
+    assert third.interval == pytest.approx((0.5 - 1.96 * 0.5 / 3, 0.5 + 1.96 * 0.5 / 3))
+
+
+def test_the_error_of_a_ratio_is_a_jackknifes() -> None:
+    """Each row left out in turn (Cochran 1977, section 6.17): another estimate of the same error."""
+    draw = random.Random(0)
+    below = [draw.uniform(50, 150) for _ in range(400)]
+    above = [b * draw.uniform(0.5, 1.5) for b in below]
+    n = len(above)
+    left = [(sum(above) - a) / (sum(below) - b) for a, b in zip(above, below, strict=True)]
+    middle = sum(left) / n
+    jackknife = math.sqrt((n - 1) / n * sum((x - middle) ** 2 for x in left))
+    assert ratio(above, below).stderr == pytest.approx(jackknife, rel=0.02)
+
+
+PAGES = [" \n = A b = \n one two , three \n", " = C = \n " + "four five six seven . \n " * 9]
+
+
+def test_the_strided_perplexity_is_that_of_a_loop_by_hand() -> None:
+    """Target by target: windows that overlap by half, the last reaching back; over words and line ends counted here."""
+    model, tokenizer = made(dataclasses.replace(SHAPES["gpt2"], block_size=64), 257), ByteTokenizer()
+    task = WikiText(name="wikitext", headline="word_perplexity", pages=PAGES)
+    ids = [tokenizer.eot_id, *tokenizer.encode("\n".join(map(detokenized, PAGES)))]
+    context, stride, nats = 64, 32, 0.0
+    for target in range(1, len(ids)):
+        end = context + 1
+        while target >= end:
+            end += stride
+        begin = max(min(end, len(ids)) - context - 1, 0)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[begin:target]]))[0, -1, :257].double()
+        nats -= float(torch.log_softmax(logits, 0)[ids[target]])
+    words = (8 + 3 + 1) + (3 + 45 + 10 + 1)  # words and line ends of each page, and the line end behind it
+    assert len(ids) > 3 * context
+    found = task.evaluate(model, tokenizer).figures["word_perplexity_strided"].value
+    assert found == pytest.approx(math.exp(nats / words), rel=1e-5)
+
+
+def test_the_strided_perplexity_counts_the_papers_words(test_data: Path) -> None:
+    """245,569 of them: a model that gives each half a chance has a perplexity of 2."""
+    task = open_task("wikitext", test_data / "eval")
+    page, whole = Scored(-1.0, 1, False), Scored(-245_569 * math.log(2), 1, False)
+    found = task.figures({"pages": [[page]] * 62, "whole": [[whole]]})
+    assert found["word_perplexity_strided"].value == pytest.approx(2.0, rel=1e-12)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -165,6 +216,12 @@ def without(row: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
         ("hellaswag", {**HELLASWAG, "endings": ["a", 1]}, "FILE, row 1: the field 'endings' cannot be used.\n"
                                                           "  got: ['a', 1]\n  expected: a list of texts"),
         ("hellaswag", {**HELLASWAG, "endings": []}, "FILE, row 1: the field 'endings' cannot be used."),
+        ("hellaswag", {**HELLASWAG, "endings": ["falls.", "[title]"]}, "FILE, row 1: the field 'endings' cannot be used.\n"
+                                                                       "  got: ['falls.', '[title]']\n  expected: text in"),
+        ("hellaswag", {"query": "a", "choices": ["b", " "], "gold": 0}, "FILE, row 1: the field 'choices' cannot be used."),
+        ("arc_easy", {**ARC, "choices": {"text": ["so", " "], "label": ["A", "B"]}}, "FILE, row 1: the field 'text' cannot"),
+        ("piqa", {**PIQA, "sol1": " "}, "FILE, row 1: the field 'sol1' cannot be used."),
+        ("piqa", {**PIQA, "sol2": ""}, "FILE, row 1: the field 'sol2' cannot be used.\n  got: ''\n  expected: text in every"),
         ("hellaswag", {**HELLASWAG, "ctx_b": None}, "FILE, row 1: the field 'ctx_b' cannot be used.\n"
                                                     "  got: None\n  expected: str"),
         ("hellaswag", ["no object"], "FILE, line 2 is no JSON object."),
@@ -192,8 +249,9 @@ def test_rows_that_cannot_be_used_are_named(task: str, content: Any, message: st
         ("a.jsonl", b"{]\n", "FILE, line 1 is not JSON: "),
         ("a.jsonl", b"[" * 100_000, "FILE, line 1 is not JSON: "),
         ("a.jsonl", b"\xff\xfe", "FILE is not UTF-8 text: "),
-        ("a.jsonl.xz", lzma.compress(b"x" * 99)[:-9], "FILE is damaged: "),
-        ("a.jsonl.gz", b"no gzip", "FILE cannot be read: "),
+        ("a.jsonl.xz", lzma.compress(b"x" * 99)[:-9], "FILE is damaged or not what its name says: "),
+        ("a.jsonl.gz", b"no gzip", "FILE is damaged or not what its name says: "),
+        ("a.jsonl.zst", b"no zstandard", "FILE is damaged or not what its name says: "),
         ("a.parquet", b"PAR1 no", "FILE is damaged or not parquet: "),
     ],
 )
@@ -219,9 +277,15 @@ def test_missing_files_tasks_and_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "v.jsonl", without(PIQA, "label"), without(PIQA, "label"))
     with pytest.raises(DataError, match=r"has no field 'label', and beside it there is no v-labels.lst"):
         open_task("piqa", path)
-    (tmp_path / "v-labels.lst").write_text("1\n")
-    with pytest.raises(DataError, match=r"v-labels.lst is too short.\n  got: 1 labels\n  expected: 2"):
-        open_task("piqa", path)
+    for labels, said in (("1\n", "1 labels"), ("1\n0\n1\n", "3 labels")):
+        (tmp_path / "v-labels.lst").write_text(labels)
+        with pytest.raises(
+            DataError, match=rf"v-labels.lst does not belong to .*\n  got: {said}\n  expected: 2, one"
+        ):
+            open_task("piqa", path)
+    assert open_task("piqa", path, 1).rows == 1, (
+        "cut short, the rest of the labels is of rows that are left out"
+    )
 
 
 def test_a_tokenizer_that_is_not_the_models_or_lacks_characters(tmp_path: Path) -> None:
@@ -306,7 +370,7 @@ def test_a_file_is_downloaded_once_and_compared(
     assert ask().rows == 1 and (cache / "hellaswag" / "h.jsonl").read_bytes() == content
     (cache / "hellaswag" / "h.jsonl").write_bytes(b"other")
     with pytest.raises(
-        DataError, match=r"h\.jsonl is not the file that is known\.\n  got: sha256 [0-9a-f]{64}"
+        DataError, match=r"h\.jsonl is not the published file\.\n  got: sha256 [0-9a-f]{64} \(5 bytes\)"
     ):
         ask()
     (cache / "hellaswag" / "h.jsonl").unlink()
@@ -315,7 +379,7 @@ def test_a_file_is_downloaded_once_and_compared(
     ):
         ask()
     served["/h.jsonl"] = b"a page that asks to log in"
-    with pytest.raises(DataError, match=f"is not the file that is known.*\n.*\n  expected: {digest}"):
+    with pytest.raises(DataError, match=f"is not the published file.*\n.*\n  expected: sha256 {digest}"):
         ask()
     assert not (cache / "hellaswag" / "h.jsonl").exists()
 
@@ -330,7 +394,7 @@ def test_where_no_checksum_is_published_the_first_is_kept(
     assert ask().rows == 1
     (cache / "hellaswag" / "h.jsonl").unlink()
     served["/h.jsonl"] += b"\n"
-    with pytest.raises(DataError, match="is not the file that is known"):
+    with pytest.raises(DataError, match="is not the published file"):
         ask()
 
 

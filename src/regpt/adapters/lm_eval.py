@@ -76,7 +76,7 @@ def open_tasks(
         say: told lm-eval's warnings.
 
     Raises:
-        ConfigError: there is no such task, or no such folder.
+        ConfigError: there is no such task, or no such folder; a task asks for a way of generating that we lack.
         DataError: a task's data cannot be had, or its file is not one.
     """
     if folder is not None and not folder.is_dir():
@@ -220,17 +220,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
             return [math.fsum(logprobs[a:b]) for a, b in itertools.pairwise(ends)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to a stop string, `<|endoftext|>` or the most tokens asked for."""
+        """What follows each context, up to a stop string, `<|endoftext|>` or the most tokens asked for.
+
+        A sampled request has its place for a seed: repeats of one differ, and another time all come out the same.
+        """
         with self._work():
             texts = []
             for done, request in enumerate(requests):
                 self.progress("generating", done, len(requests))
-                texts.append(self._generated(*request.args))
+                texts.append(self._generated(request, seed=done))
             self.progress("generating", len(requests), len(requests))
             return texts
 
-    def _generated(self, context: str, asked: dict[str, Any]) -> str:
-        settings = generation(asked)
+    def _generated(self, request: Any, seed: int) -> str:
+        context, asked = request.args
+        settings = generation(asked, seed)
         ids = self.tok_encode(context)
         # The context's end, with room for the answer, as lm-eval's own models cut it; where the model has less room than
         # was asked for, half of it, and generation slides on.
@@ -269,7 +273,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval brings no types
         self.at_work = False
 
 
-def generation(asked: dict[str, Any]) -> SamplingSettings:
+def generation(asked: dict[str, Any], seed: int = 0) -> SamplingSettings:
     """lm-eval's words for how to generate, as ours. Raises ConfigError for a way that we lack."""
     kwargs: dict[str, Any] = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
     until, sampled = kwargs.pop("until"), bool(kwargs.pop("do_sample"))
@@ -280,13 +284,15 @@ def generation(asked: dict[str, Any]) -> SamplingSettings:
         max_new_tokens=int(kwargs.pop("max_gen_toks")),
         temperature=temperature if sampled else 0.0,
         stop=tuple(dict.fromkeys(stop for stop in until if stop)),
-        seed=0,
+        seed=seed,
         **(drawing if sampled else {}),
     )
     for name, value in kwargs.items():
         if value not in OFF.get(name, ()):
             raise ConfigError(
-                f"a task asks for generation with {name}, which regpt does not have.", got=value
+                f"a task of lm-eval asks for generation with {name}, which regpt does not have.",
+                got=value,
+                hint="a task file of your own without it: --harness-tasks DIR",
             )
     return settings
 
@@ -313,6 +319,9 @@ def _load(manager: Any, name: str) -> list[Any]:
             hint="its rows come from the Hugging Face hub: a machine that reaches it, or --harness-tasks DIR with a task "
             "file whose rows lie here (dataset_path: json, dataset_kwargs: data_files)",
         ) from e
+    for task in found["tasks"].values():  # those within groups, too
+        if task.OUTPUT_TYPE == "generate_until":
+            generation(task.config.generation_kwargs or {})
     in_groups = {child for children in found["group_map"].values() for child in children}
     tops = [group for key, group in found["groups"].items() if key not in in_groups]
     return tops or list(found["tasks"].values())

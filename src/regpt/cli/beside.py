@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regpt.cli.parse import CommonArgs, Output
+from regpt.cli.parse import CommonArgs, Output, duration
 from regpt.errors import ConfigError
-from regpt.evals.compare import Run, Values, aligned, beside, columns, named_figures, sources, written
+from regpt.evals.compare import (
+    Comparison,
+    Run,
+    Values,
+    aligned,
+    beside,
+    columns,
+    held_out,
+    sources,
+    tokens_of,
+    written,
+)
 from regpt.paths import user_path
 
 if TYPE_CHECKING:
     from regpt.adapters.lm_eval import HarnessTasks
+    from regpt.evals.figures import TaskResult
     from regpt.train.load import Loaded
 
 
@@ -111,45 +123,78 @@ class Bars:
         self.bar.update(done)
 
 
+NO_FIGURES = ("rows", "num_fewshot")  # of what the bridge to lm-eval tells of a task
+
+
 def harness_table(found: Mapping[str, Values]) -> str:
     """A line for every figure."""
     rows = [["lm-eval", "this run", "rows", "examples"]]
     for task, values in found.items():
-        for figure in named_figures(values):
+        for figure in values:
             name, comma, kind = figure.partition(",")
+            if figure in NO_FIGURES or name.endswith("_stderr"):
+                continue
             stderr = values.get(f"{name}_stderr{comma}{kind}")
-            counts = [str(values.get(key, "")) for key in ("rows", "num_fewshot")]
+            counts = [str(values.get(key, "")) for key in NO_FIGURES]
             rows.append([f"{task} {figure}", written(figure, values[figure], stderr), *counts])
     return aligned(rows)
 
 
 def published_beside(
-    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, corpus: str | None
-) -> tuple[list[dict[str, Any]], str]:
-    """Published figures of what was evaluated: for JSON, and as a table with its sources below; empty where there are none.
+    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, text: Text | None
+) -> list[Comparison]:
+    """Published figures of what was evaluated, as --published asks for.
 
     Args:
-        corpus: what the loss is of, as data.source names it; None: some other text.
+        text: what the loss is of; None: some text that is not known by name.
     """
     from regpt.models.count import count_parameters
 
     if args.published == "none":
-        return [], ""
+        return []
     run = Run(
         parameters=count_parameters(loaded.config, loaded.tokenizer.vocab_size).total,
-        corpus=corpus,
+        corpus=text.corpus if text else None,
+        held_out=text.held_out if text else None,
+        tokenizer=tokens_of(loaded.tokenizer.kind, loaded.tokenizer.vocab_size),
     )
-    found = beside(ours, run, every=args.published == "all")
-    if not found:
-        return [], ""
-    lines = ["", columns(ours, found)] if args.published == "nearest" else [""]
-    lines += ["published:", *(f"  {line}" for line in sources(found))]
-    return [c.as_dict() for c in found], "\n".join(lines)
+    return beside(ours, run, every=args.published == "all")
 
 
-def corpus_of(loaded: Loaded) -> str | None:
-    """The text of a run's own validation split, as data.source named it; None where the run does not say."""
+def table(args: BesideArgs, results: Sequence[TaskResult], found: Sequence[Comparison]) -> str:
+    """A line for every figure of ours, with its interval and published ones beside it; below what was scored, and sources."""
+    lines = [aligned(columns(results, found if args.published == "nearest" else []))]
+    lines += [f"{r.task}: {r.rows:,} {r.counted} in {duration(r.seconds)}" for r in results]
+    if found:
+        lines += ["", "published:", *(f"  {line}" for line in sources(found))]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a loss over a run's own validation split is of."""
+
+    corpus: str
+    """As data.source names it; of a file with the bytes of a named set that one's name."""
+    held_out: str
+    """Which part of it."""
+
+
+def text_of(data: Mapping[str, Any]) -> Text | None:
+    """The text that settings (data.*) mean; None where they name none."""
+    from regpt.data.named import NAMED_SETS
     from regpt.data.sources import known_text
+
+    source = data.get("source")
+    if not isinstance(source, str) or not source:
+        return None
+    corpus = known_text(source)
+    named = NAMED_SETS.get(corpus)
+    return Text(corpus=corpus, held_out=held_out(data, named.val_split if named else None))
+
+
+def text_of_run(loaded: Loaded) -> Text | None:
+    """The text of a run's own validation split; None where the run does not say."""
     from regpt.errors import CheckpointError
     from regpt.train.run import RunDirectory
 
@@ -157,5 +202,4 @@ def corpus_of(loaded: Loaded) -> str | None:
         settings = RunDirectory(Path(loaded.path).absolute().parent.parent).config
     except CheckpointError:
         return None
-    source = settings.get("data", {}).get("source")
-    return known_text(source) if isinstance(source, str) and source else None
+    return text_of(settings.get("data", {}))

@@ -15,22 +15,24 @@ import tyro
 
 from regpt.cli.beside import (
     BesideArgs,
-    corpus_of,
     harness_table,
     open_harness,
     published_beside,
     run_harness,
+    table,
+    text_of_run,
 )
-from regpt.cli.parse import Output, duration, parse
+from regpt.cli.parse import Output, finite, parse
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.paths import user_path
+from regpt.tokenizers.files import write_file
 
 if TYPE_CHECKING:
     from regpt.adapters.lm_eval import HarnessTasks
     from regpt.data.split import TokenSet, TokenSplit
     from regpt.evals.compare import Values
-    from regpt.evals.figures import Figure, TaskResult
+    from regpt.evals.figures import TaskResult
     from regpt.evals.task import Parts, Task
     from regpt.train.dist import Ranks
     from regpt.train.load import Loaded
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> int:
     main_rank = os.environ.get("RANK", "0") == "0"
     out = Output(args if main_rank else dataclasses.replace(args, quiet=True))
     machine = probe(args.device, setting="--device")
-    with using(machine), joined(machine.kind) as ranks:
+    with using(machine, exact=True), joined(machine.kind) as ranks:
         harness = ranks.together(lambda: open_harness(args, out) if main_rank else None)
         evaluation = ranks.first_on_each_host(lambda: Evaluation(args, names, machine, ranks, out))
         results = evaluation.results()
@@ -94,18 +96,27 @@ def main(argv: list[str]) -> int:
     loaded = evaluation.loaded
     values: dict[str, Any] = {"run": args.run, "checkpoint": loaded.path.name, "step": loaded.step}
     values |= {result.task: result.as_dict() | evaluation.about(result.task) for result in results}
-    lines = [line for result in results for line in table(result)]
     if harness is not None:
-        with using(machine):
+        with using(machine, exact=True):
             values["harness"] = evaluation.by_harness(harness)
-        lines.append(harness_table(values["harness"]))
     ours = {result.task: values[result.task] for result in results}
-    corpus = corpus_of(loaded) if args.split is None else None
-    values["published"], beside = published_beside(args, ours, loaded, corpus)
-    if args.out is not None:
-        user_path(args.out).write_text(json.dumps(_finite(values), indent=1) + "\n", encoding="utf-8")
+    text = text_of_run(loaded) if args.split is None else None
+    found = published_beside(args, ours, loaded, text)
+    values["published"] = [comparison.as_dict() for comparison in found]
+    lines = [table(args, results, found)] if results else []
+    lines += [harness_table(values["harness"])] if harness is not None else []
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
-    out.result(values, "\n".join([*lines, *([beside] if beside else [])]))
+    out.result(values, "\n".join(lines))
+    return 0 if args.out is None else written_to(user_path(args.out), values, out)
+
+
+def written_to(path: Path, values: dict[str, Any], out: Output) -> int:
+    """Write figures that have been shown; the exit status. Where the disk says no, standard output has them all the same."""
+    try:
+        write_file(path, json.dumps(finite(values), indent=1).encode() + b"\n")
+    except DataError as e:
+        out.warn(f"{e}\n  The figures stand above.")
+        return e.exit_status
     return 0
 
 
@@ -160,6 +171,8 @@ class Evaluation:
         self.parts: dict[str, Parts] = {
             name: task.requests(tokenizer, self.loaded.config.block_size) for name, task in self.tasks.items()
         }
+        for name, task in self.tasks.items():
+            task.check(model, self.parts[name])
 
     def results(self) -> list[TaskResult]:
         """Of every task, in the order asked for."""
@@ -208,12 +221,13 @@ class Evaluation:
     def _loss(self) -> TaskResult:
         import time
 
+        from regpt.data.loader import window_count
         from regpt.evals.figures import Figure, TaskResult
         from regpt.evals.loss import split_loss
 
         assert self.split is not None
         begun = time.perf_counter()
-        windows = 1 + -(-max(self.split.n_tokens - 1 - self.context, 0) // self.stride)
+        windows = window_count(self.split, self.context, self.stride)
         with self.out.progress(LOSS, windows, "windows") as bar:
             found = split_loss(
                 self.loaded.model,
@@ -262,12 +276,16 @@ def open_split(args: Args, loaded: Loaded) -> TokenSplit:
 
     if args.split is None:
         return own_split(args.run, loaded)
-    path, name = user_path(args.split), "val"
+    path, name = user_path(args.split), ""
     if not path.exists() and ":" in args.split:
         before, _, name = args.split.rpartition(":")
         path = user_path(before)
     if (path / MANIFEST).exists():
-        return require_same(Shards.open(path), loaded, path).split(name)
+        return require_same(Shards.open(path), loaded, path).split(name or "val")
+    if path.is_file() and name:
+        raise DataError(
+            f"--split {args.split}: a text file has no splits.", got=name, hint=f"--split {path}: all of it"
+        )
     if path.is_file():
         return TextSplit(path, loaded.tokenizer)
     raise DataError(
@@ -283,7 +301,13 @@ def own_split(run: str, loaded: Loaded) -> TokenSplit:
     from regpt.train.run import RunDirectory
 
     folder = loaded.path.absolute().parent.parent
-    config = build(Config, RunDirectory(folder).config, where=str(folder / "run.json"))
+    run_directory = RunDirectory(folder)
+    if not run_directory.begun:
+        raise DataError(
+            f"{run} does not say what it was trained on: {run_directory.record.name} is not there.",
+            hint="--split with a shard directory or a text file",
+        )
+    config = build(Config, run_directory.config, where=str(run_directory.record))
     _, _, tokens = known_corpus(config)
     if tokens is None:
         raise DataError(
@@ -310,25 +334,3 @@ def require_same(tokens: TokenSet, loaded: Loaded, path: Path) -> TokenSet:
             hint="prepare the text with the tokenizer folder of the run",
         )
     return tokens
-
-
-def table(result: TaskResult) -> list[str]:
-    """A line for every figure of a task, with its standard error and 95 % interval."""
-    took = f"{result.rows:,} {result.counted} in {duration(result.seconds)}"
-    lines = [f"{result.task:<12}{took}"]
-    return lines + [f"  {name:<24}{shown(figure)}" for name, figure in result.figures.items()]
-
-
-def shown(figure: Figure) -> str:
-    """0.3012 ± 0.0046  [0.2922, 0.3102]."""
-    text = f"{figure.value:.4f}"
-    if figure.stderr is not None:
-        text += f" ± {figure.stderr:.4f}"
-    if figure.interval is not None:
-        text += "  [{:.4f}, {:.4f}]".format(*figure.interval)
-    return text
-
-
-def _finite(values: Any) -> Any:
-    """The same with null for what is not finite."""
-    return json.loads(json.dumps(values), parse_constant=lambda name: None)

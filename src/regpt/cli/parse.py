@@ -202,6 +202,11 @@ class Progress(Protocol):
         """`done` of the total are finished; `note` stands behind the bar."""
 
 
+def finite(values: Any) -> Any:
+    """Values for JSON, with null for numbers that are not finite."""
+    return json.loads(json.dumps(values), parse_constant=lambda name: None)
+
+
 class Output:
     """Where a command's words go."""
 
@@ -220,8 +225,7 @@ class Output:
     def result(self, values: dict[str, Any], text: str) -> None:
         """What was asked for, on standard output. In JSON a number that is not finite is null."""
         if self.json:
-            finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
-            text = json.dumps(finite, allow_nan=False)
+            text = json.dumps(finite(values), allow_nan=False)
         print(text, flush=True)
 
     @contextlib.contextmanager

@@ -6,7 +6,6 @@ The same command again continues a stopped run. What is printed lies in the run 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
+from regpt.cli.beside import text_of
+from regpt.cli.parse import CommonArgs, Output, duration, finite, parse, preset_and_rest, program
 from regpt.cli.train import Screen
 from regpt.config import Config, Preset, differences, load_preset
 from regpt.errors import DataError, UsageError
-from regpt.evals.compare import Comparison, Run, Values, compare, markdown, table
+from regpt.evals.compare import Comparison, Run, Values, compare, markdown, table, tokens_of
 from regpt.evals.names import LOSS
 from regpt.evals.published import of_preset, tasks_of
 from regpt.paths import user_path
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     lines += [f"{task} is skipped: {why}" for task, why in skipped.items()]
     lines += [
         f"the table lies in {out / MARKDOWN_FILE}",
-        f"next:  {program()} eval {out}" if ours else f"next:  {program()} inspect {out}",
+        f"next:  {program()} eval {out} --which last" if ours else f"next:  {program()} inspect {out}",
     ]
     screen.out.result(values, "\n".join(lines))
     return 0
@@ -141,7 +141,6 @@ def evaluated(
 
     A task that this tokenizer cannot write is skipped, and told in `skipped`.
     """
-    from regpt.data.sources import known_text
     from regpt.models.count import count_parameters
     from regpt.train.load import load_model
     from regpt.train.machine import probe, using
@@ -152,23 +151,45 @@ def evaluated(
     if loaded.val_loss is not None:
         ours[LOSS] = {"nats": loaded.val_loss}
     else:
-        skipped[LOSS] = "the run has no validation split"
-    with using(machine):
+        skipped[LOSS] = no_loss(loaded)
+    with using(machine, exact=True):
         for name, task in tasks.items():
             try:
                 ours[name] = _asked(task, loaded, machine.device, output)
             except DataError as e:  # not raised: what was trained for hours is still set beside its figures
                 skipped[name] = " ".join(str(e).split())
                 output.warn(f"{name} is skipped: {skipped[name]}")
-    corpus = known_text(args.config.data.source)
+    text = text_of(dataclasses.asdict(args.config.data))
+    corpus = text.corpus if text else None
     changed = {
         key: values
         for key, values in differences(preset.config, args.config).items()
         if key.startswith(LEARNED) and not (key == "data.source" and corpus == values[0])
     }
-    parameters = count_parameters(loaded.config, loaded.tokenizer.vocab_size).total
-    run = Run(parameters=parameters, corpus=corpus, tokens=tokens, changed=changed)
+    vocab_size = loaded.tokenizer.vocab_size
+    run = Run(
+        parameters=count_parameters(loaded.config, vocab_size).total,
+        corpus=corpus,
+        tokenizer=tokens_of(loaded.tokenizer.kind, vocab_size),
+        held_out=text.held_out if text else None,
+        tokens=tokens,
+        changed=changed,
+    )
     return ours, run
+
+
+def no_loss(loaded: Loaded) -> str:
+    """Why a checkpoint has no validation loss."""
+    from regpt.train.checkpoint import read_checkpoint
+    from regpt.train.run import RunDirectory
+
+    step = read_checkpoint(loaded.path, verify=False).state.get("evaluated_step")
+    if step != loaded.step:
+        before = "never" if step is None else f"at step {step:,}"
+        return f"its last step, {loaded.step:,}, was not evaluated (the loss was last taken: {before})"
+    log = RunDirectory(loaded.path.absolute().parent.parent).lines
+    evaluated = any(e["event"] == "eval" and e["step"] == step for e in log.entries())
+    return f"the loss at step {step:,} was not finite" if evaluated else "the run has no validation split"
 
 
 def _asked(task: Task, loaded: Loaded, device: str, output: Output) -> Values:
@@ -214,8 +235,7 @@ def write(out: Path, preset: Preset, values: dict[str, Any], found: Sequence[Com
 
     title = f"{preset.name}: published figures and this run's, step {values['step']:,}"
     try:
-        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
-        replace_file(out / JSON_FILE, json_bytes(finite))
+        replace_file(out / JSON_FILE, json_bytes(finite(values)))
         replace_file(out / MARKDOWN_FILE, markdown(title, found).encode())
     except OSError as e:
         raise CheckpointError(f"the table cannot be written into {out}: {e.strerror or e}.") from e

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from regpt.config import preset_names
 from regpt.evals.compare import count, written
+from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.published import Published, figures, of_preset
 
 TITLES = {
-    "loss": "Loss over a validation split",
+    LOSS: "Loss over a validation split",
     "hellaswag": "HellaSwag",
     "lambada": "LAMBADA",
     "wikitext": "WikiText",
     "arc_easy": "ARC-easy",
     "piqa": "PIQA",
 }
+assert set(TITLES) == {LOSS, *TASK_NAMES}
 HEAD = """\
 # Published figures, and reproducing them
 
@@ -32,11 +34,18 @@ normalisation. The same lies in the run as `reproduction.md` and `reproduction.j
 skipped, and says so.
 
 **Within noise?** A share of right answers, and a perplexity over rows, is an estimate: two differ by more than chance where \
-they are further apart than 1.96 standard errors of their difference, with the published one's from its number of rows. (Rows \
-are the same for both, and models err on the same ones: the difference is known better than that, so a "no" holds and a "yes" \
-is cautious.) A loss over a whole split is exact for its run: it is compared with the spread of runs that differ only in their \
-seed, where somebody measured it, and is *not known* elsewhere. A figure with nothing behind it (*unsupported*), or of text \
-that its model was trained on (*contaminated*), is shown, and never judged by.
+they are further apart than 1.96 standard errors of their difference. The published one's is as published, or of a share from \
+its number of rows; a perplexity that was published without one is taken to have ours, in proportion. (Rows are the same for \
+both, and models err on the same ones: the difference is known better than that, so a "no" holds and a "yes" is cautious.) A \
+loss over a whole split is exact for its run: one more run lies within 1.96 s √(1 + 1/n) of the mean of n, with s the standard \
+deviation of runs that differ only in their seed, where somebody measured it; elsewhere the answer is *not known*.
+
+**Not comparable** is what measures another thing: a loss of other text, other tokens or another held-out part, a task by \
+another rule (*another rule* below). So is a figure with nothing behind it (*unsupported*), or of text that its model was \
+trained on (*contaminated*). All are shown with what stands against them, and none is judged.
+
+Of the reproductions of build-nanogpt that are known, JulienRineau/gpt2-workflow (8dcdea4) publishes no figure, so none of \
+it stands here.
 
 A loss in nats a token compares models on the same text in the same tokens, and nothing else. Of HellaSwag there are three \
 accuracies, which differ by up to two points on the same answers: `acc_norm` divides by characters (lm-eval), `acc_bytes` by \
@@ -81,10 +90,16 @@ def _row(p: Published) -> list[str]:
     value = written(p.figure, p.value)
     if p.error is not None:
         value = written(p.figure, p.value, p.error)
-    if p.noise is not None:
-        value += f", seeds within {p.noise:g} ({p.noise_of})"
+    if p.seed_sd is not None:
+        value += f", over seeds ± {p.seed_sd:g} ({p.seeds})"
     mind = "; ".join(
-        part for part in ("" if p.standing == "published" else f"*{p.standing}*", p.caveat) if part
+        part
+        for part in (
+            "" if p.standing == "published" else f"*{p.standing}*",
+            "" if p.comparable else "*another rule*",
+            p.caveat,
+        )
+        if part
     )
     of = p.data + (f"; trained on {count(p.tokens)} tokens" if p.tokens else "")
     return [p.model, f"`{p.figure}`", value, of, f"{p.method}. {p.source}", mind]

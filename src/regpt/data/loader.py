@@ -183,6 +183,11 @@ def eval_batches(
         yield torch.from_numpy(x).view(-1, block_size), torch.from_numpy(y).view(-1, block_size)
 
 
+def window_count(split: TokenSplit, context: int, stride: int) -> int:
+    """Windows of `context` tokens, moved on by `stride`, in which every target of the split has its place."""
+    return 1 + -(-max(split.n_tokens - 1 - context, 0) // stride)
+
+
 def strided_batches(
     split: TokenSplit, context: int, stride: int, rows: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -198,8 +203,7 @@ def strided_batches(
     Yields:
         x, y: (at most rows, context) int64; behind the split's end x is 0 and y is IGNORE.
     """
-    targets = split.n_tokens - 1
-    windows = 1 + -(-max(targets - context, 0) // stride)
+    targets, windows = split.n_tokens - 1, window_count(split, context, stride)
     firsts = range(0, windows, rows)
     for turn in range(-(-len(firsts) // world)):
         place = turn * world + rank

@@ -80,6 +80,13 @@ class MultipleChoice(Task):
         return figures
 
 
+def _filled(row: Row, field: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """Choices as they are scored. Raises DataError where one is blank: it has no length to divide by."""
+    if not all(choice.strip() for choice in choices):
+        raise row.wrong(field, "text in every choice, cleaned of WikiHow's marks where the task cleans it")
+    return tuple(choices)
+
+
 def _apart(encoder: Encoder, context: str, ending: str, number: int) -> Request:
     """Context and ending encoded each by itself, as build-nanogpt does."""
     before = encoder.ids(context, number) or (encoder.tokenizer.eot_id,)
@@ -114,7 +121,7 @@ def open_hellaswag(data: Path | None, limit: int | None) -> MultipleChoice:
 
 def _hellaswag(row: Row) -> Question:
     if "query" in row.values:
-        choices = row.texts("choices")
+        choices = _filled(row, "choices", row.texts("choices"))
         return Question(query=row.get("query", str), choices=choices, gold=row.index("gold", len(choices)))
     endings = row.texts("endings")
     if "ctx_a" in row.values:
@@ -125,7 +132,7 @@ def _hellaswag(row: Row) -> Question:
         context = plain = row.get("ctx", str)
     return Question(
         query=cleaned(f"{row.get('activity_label', str)}: {context}"),
-        choices=tuple(map(cleaned, endings)),
+        choices=_filled(row, "endings", [cleaned(ending) for ending in endings]),
         gold=row.index("label", len(endings)),
         plain=(plain, endings),
     )
@@ -180,7 +187,8 @@ def _arc(row: Row) -> Question:
         row.get("choices", dict)
         raise row.wrong("choices", "texts and labels")
     inner = Row(row.path, row.number, choices)
-    texts, labels, answer = inner.texts("text"), inner.texts("label"), row.get("answerKey", str)
+    texts = _filled(inner, "text", inner.texts("text"))
+    labels, answer = inner.texts("label"), row.get("answerKey", str)
     if len(texts) != len(labels) or answer not in labels:
         raise row.wrong("answerKey", f"one of {', '.join(labels)}")
     return Question(query=f"Question: {stem}\nAnswer:", choices=texts, gold=labels.index(answer))
@@ -195,9 +203,11 @@ def open_piqa(data: Path | None, limit: int | None) -> MultipleChoice:
         if not beside.exists():
             raise DataError(f"{path} has no field 'label', and beside it there is no {beside.name}.")
         labels = read_text(beside).split()
-        if len(labels) < len(rows):
+        if len(labels) < len(rows) or (limit is None and len(labels) > len(rows)):
             raise DataError(
-                f"{beside} is too short.", got=f"{len(labels):,} labels", expected=f"{len(rows):,}"
+                f"{beside} does not belong to {path}.",
+                got=f"{len(labels):,} labels",
+                expected=f"{len(rows):,}, one for each row",
             )
         rows = [
             Row(row.path, row.number, {**row.values, "label": label})
@@ -209,6 +219,6 @@ def open_piqa(data: Path | None, limit: int | None) -> MultipleChoice:
 def _piqa(row: Row) -> Question:
     return Question(
         query=f"Question: {row.get('goal', str)}\nAnswer:",
-        choices=(row.get("sol1", str), row.get("sol2", str)),
+        choices=tuple(_filled(row, name, [row.get(name, str)])[0] for name in ("sol1", "sol2")),
         gold=row.index("label", 2),
     )

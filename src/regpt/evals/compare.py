@@ -3,7 +3,8 @@
 Chance means two things. A share of right answers, or a perplexity over rows, is an estimate from so many rows: two of them
 are told apart where they differ by more than 1.96 standard errors of the difference. A loss over a whole split is exact for
 one run, and differs between runs that differ in nothing but the seed: it is told apart by the spread of such runs, where
-somebody measured it. Where neither is known the answer is that nobody knows. No torch here.
+somebody measured it. Where neither is known the answer is that nobody knows. And what is no measure of the same thing
+(other text, other tokens, another held-out part, another rule) is not judged at all. No torch here.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from regpt.evals.figures import NORMAL_95
+from regpt.config import VAL_FRACTION
+from regpt.evals.figures import NORMAL_95, TaskResult
 from regpt.evals.names import LOSS
 from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
 
 SAME_SIZE = 1.03  # times as large, at most: padding and biases do not make another size
 ALIKE = 2.0  # times as large, at most: what stands beside a run where no GPT-2 was measured on its text
 SAME_TOKENS = 0.02
+# Settings that decide which targets a loss is the mean of: with others it is a loss of something else.
+TARGETS = ("tokenizer.", "data.val_", "data.dedup")
 Values = Mapping[str, Any]
 """Of one task, as `TaskResult.as_dict` gives them: NAME, NAME_stderr, rows."""
 
@@ -31,10 +35,32 @@ class Run:
     parameters: int
     corpus: str | None = None
     """What its validation loss is of: data.source."""
+    tokenizer: str | None = None
+    """What its tokens are, as `tokens_of` says it."""
+    held_out: str | None = None
+    """Which part of the text was held out, as `held_out` says it."""
     tokens: int | None = None
     """That it was trained on."""
     changed: Mapping[str, tuple[Any, Any]] | None = None
     """Settings that decide what is learned: the recipe's value, the run's."""
+
+
+def tokens_of(kind: str, vocab_size: int) -> str:
+    """A tokenizer as published.toml names it. Of one text there is one `chars`; of `bpe` there is one for every size."""
+    return f"{kind} of {vocab_size:,}" if kind == "bpe" else kind
+
+
+def held_out(data: Mapping[str, Any], own_split: str | None) -> str:
+    """The held-out part that these settings (data.*) mean, as published.toml names it.
+
+    Args:
+        own_split: the validation split that a named set comes with.
+    """
+    if (source := data.get("val_source")) is not None:
+        return f"{source} {data.get('val_split') or 'validation'}"
+    fraction = data.get("val_fraction")
+    split = data.get("val_split") or (own_split if fraction is None else None)
+    return str(split) if split is not None else f"{VAL_FRACTION if fraction is None else fraction:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +75,8 @@ class Comparison:
     """A difference up to which chance explains it; None: nobody knows."""
     why: tuple[str, ...]
     """What makes the two differ, as far as it is known."""
+    comparable: bool = True
+    """Whether both measure the same thing, and something stands behind the published one."""
 
     @property
     def difference(self) -> float | None:
@@ -57,15 +85,17 @@ class Comparison:
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether chance explains the difference; None: nobody knows."""
+        """Whether chance explains the difference; None: nobody knows, or ours is no number."""
         if self.difference is None or self.margin is None:
+            return None
+        if not (math.isfinite(self.difference) and math.isfinite(self.margin)):
             return None
         return abs(self.difference) <= self.margin
 
     @property
     def better(self) -> bool | None:
-        """Whether ours is."""
-        if self.difference is None:
+        """Whether ours is; None: not evaluated, or no number."""
+        if self.difference is None or not math.isfinite(self.difference):
             return None
         return (self.difference < 0) == (self.published.figure in LOWER_IS_BETTER) and self.difference != 0
 
@@ -79,6 +109,7 @@ class Comparison:
             "stderr": self.stderr,
             "difference": self.difference,
             "margin": self.margin,
+            "comparable": self.comparable,
             "within_noise": self.within_noise,
             "why": list(self.why),
             **{name: getattr(p, name) for name in ("standing", "data", "method", "source")},
@@ -101,30 +132,55 @@ def _compared(p: Published, values: Values | None, run: Run, skipped: Mapping[st
     if values is None or values.get(p.figure) is None:
         why = skipped.get(p.task, f"this evaluation gives no {p.figure}")
         return Comparison(published=p, ours=None, stderr=None, margin=None, why=(f"not evaluated: {why}",))
-    stderr = values.get(f"{p.figure}_stderr")
+    stderr, ours = values.get(f"{p.figure}_stderr"), float(values[p.figure])
+    comparable = p.trusted and p.comparable and not any(_other_targets(p, run))
     return Comparison(
         published=p,
-        ours=float(values[p.figure]),
+        ours=ours,
         stderr=stderr,
-        margin=_margin(p, stderr) if p.trusted else None,
+        margin=_margin(p, ours, stderr) if comparable else None,
         why=tuple(_reasons(p, values, run)),
+        comparable=comparable,
     )
 
 
-def _margin(p: Published, stderr: float | None) -> float | None:
+def _margin(p: Published, ours: float, stderr: float | None) -> float | None:
+    """A difference that chance alone exceeds once in twenty times; None: nobody knows."""
     if p.task == LOSS:
-        return p.noise
-    if stderr is None:
+        # Of one more run, from the mean of so many: a prediction interval.
+        return None if p.seed_sd is None else NORMAL_95 * p.seed_sd * math.sqrt(1 + 1 / p.runs)
+    if stderr is None or not math.isfinite(ours):
         return None
-    return NORMAL_95 * math.hypot(stderr, p.error or 0.0)
+    theirs = p.error
+    if theirs is None:  # published without one: as large as ours in proportion, since it is an estimate, too
+        theirs = abs(p.value) * stderr / abs(ours) if ours else None
+    return None if theirs is None else NORMAL_95 * math.hypot(stderr, theirs)
+
+
+def _other_targets(p: Published, run: Run) -> Iterable[str]:
+    """Why a loss is the mean over other targets than the published one's; nothing where it is not, as far as is known."""
+    if p.task != LOSS:
+        return
+    if p.corpus != run.corpus:
+        yield f"other data: theirs is {p.data}, this run's is {run.corpus or 'not known'}"
+    if p.tokenizer != run.tokenizer:
+        yield f"other tokens: theirs are {p.tokenizer}, this run's {run.tokenizer or 'not known'}"
+    if p.held_out is not None and p.held_out != run.held_out:
+        yield f"another part held out: theirs is {p.held_out}, this run's {run.held_out or 'not known'}"
+    changed = [name for name in run.changed or () if name.startswith(TARGETS)]
+    if changed:
+        yield f"other targets than the recipe's: {', '.join(changed)}"
 
 
 def _reasons(p: Published, values: Values, run: Run) -> Iterable[str]:
     """What is known to make a figure differ, the weightiest first."""
     if not p.trusted:
         yield f"{p.standing}: {p.caveat}"
-    if p.task == LOSS and run.corpus is not None and p.corpus != run.corpus:
-        yield f"other data: theirs is {p.data}, this run's is {run.corpus}"
+    elif not p.comparable:
+        yield f"not comparable: {p.caveat}"
+    if not math.isfinite(float(values[p.figure])):
+        yield f"this run's {p.figure} is not finite"
+    yield from _other_targets(p, run)
     if _ratio(p, run) > SAME_SIZE:
         yield f"another size: {count(run.parameters)} parameters, theirs {count(p.parameters)}"
     if run.tokens is not None and p.tokens is not None and abs(run.tokens / p.tokens - 1) > SAME_TOKENS:
@@ -135,10 +191,12 @@ def _reasons(p: Published, values: Values, run: Run) -> Iterable[str]:
         yield f"other settings than the recipe's: {told}"
     if p.rows is not None and values.get("rows") not in (None, p.rows):
         yield f"other rows: {values['rows']:,} of them, theirs {p.rows:,}"
-    if p.trusted and p.caveat:
+    if p.trusted and p.comparable and p.caveat:
         yield p.caveat
-    if p.task == LOSS and p.trusted and p.noise is None:
+    if p.task == LOSS and p.trusted and p.seed_sd is None:
         yield "no spread over seeds is known"
+    elif p.task != LOSS and p.trusted and p.comparable and p.error is None:
+        yield "its standard error was not published: taken as ours in proportion"
 
 
 def count(n: int) -> str:
@@ -155,17 +213,18 @@ def count(n: int) -> str:
 def beside(ours: Mapping[str, Values], run: Run, *, every: bool = False) -> list[Comparison]:
     """Published figures to set beside those of `regpt eval`: of the GPT-2 nearest in size, or of every model.
 
-    A loss is set beside those of the same text alone; where that GPT-2 has none, beside those of models of about its size.
+    A loss is set beside those over the same targets alone: same text, same tokens, same part held out. Where that GPT-2
+    has none, beside those of models of about its size.
     Where one figure was published twice the more comparable one stands for it, unless `every` asks for both.
     """
     near = nearest_gpt2(run.parameters)
     chosen = []
     for task, values in ours.items():
-        found = [p for p in figures(task) if p.figure in values and (task != LOSS or p.corpus == run.corpus)]
+        found = [p for p in figures(task) if p.figure in values and not any(_other_targets(p, run))]
         if not every:
             of_gpt2 = [p for p in found if p.model == near]
             alike = [p for p in found if task == LOSS and p.trusted and _ratio(p, run) <= ALIKE]
-            found = sorted(of_gpt2 or alike, key=lambda p: bool(p.caveat), reverse=True)
+            found = sorted(of_gpt2 or alike, key=lambda p: (not p.comparable, bool(p.caveat)), reverse=True)
             found = list({(p.model, p.figure): p for p in found}.values())
         chosen += found
     return compare(chosen, ours, run, {})
@@ -176,27 +235,25 @@ def _ratio(p: Published, run: Run) -> float:
     return math.exp(abs(math.log(run.parameters / p.parameters)))
 
 
-def columns(ours: Mapping[str, Values], found: Iterable[Comparison]) -> str:
-    """The table of `regpt eval`: the run's figures, and a column for each model that has some of them."""
+def columns(results: Iterable[TaskResult], found: Iterable[Comparison]) -> list[list[str]]:
+    """The rows of the table of `regpt eval`, headings first: a run's figures, and a column for each model that has some."""
     found = list(found)
     models = list(dict.fromkeys(c.published.model for c in found))
     theirs = {(c.published.model, c.published.task, c.published.figure): c.published.value for c in found}
-    rows = [["", "this run", *models]]
-    for task, values in ours.items():
-        for figure in named_figures(values):
-            own = written(figure, values[figure], values.get(f"{figure}_stderr"))
-            others = [theirs.get((m, task, figure)) for m in models]
-            rows.append([f"{task} {figure}", own, *("" if v is None else written(figure, v) for v in others)])
-    return aligned(rows)
-
-
-def named_figures(values: Values) -> list[str]:
-    """Of a task's values those that are figures: not standard errors, counts or times."""
-    return [
-        name
-        for name, value in values.items()
-        if isinstance(value, float) and "stderr" not in name and name not in ("seconds", "time_s")
-    ]
+    rows = [["", "this run", "95 %", *models]]
+    for result in results:
+        for name, figure in result.figures.items():
+            ends = figure.interval and ", ".join(written(name, end) for end in figure.interval)
+            others = (theirs.get((m, result.task, name)) for m in models)
+            rows.append(
+                [
+                    f"{result.task} {name}",
+                    written(name, figure.value, figure.stderr),
+                    f"[{ends}]" if ends else "",
+                    *("" if v is None else written(name, v) for v in others),
+                ]
+            )
+    return rows
 
 
 def sources(found: Iterable[Comparison]) -> list[str]:
@@ -232,8 +289,12 @@ def verdicts(found: Iterable[Comparison]) -> list[list[str]]:
 def _verdict(c: Comparison) -> str:
     if c.difference is None:
         return ""
+    if not math.isfinite(c.difference):
+        return "not finite"
+    if not c.comparable:
+        return "not comparable"
     if c.within_noise is None:
-        return "not comparable" if not c.published.trusted else "not known"
+        return "not known"
     if c.within_noise:
         return f"yes (±{c.margin:.4f})"
     return f"no: {'better' if c.better else 'worse'} (±{c.margin:.4f})"

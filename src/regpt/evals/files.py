@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import itertools
 import json
-import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -18,12 +16,12 @@ from typing import Any
 
 from regpt.data.documents import parquet_rows
 from regpt.data.download import Client
+from regpt.data.sources import PACKINGS, SourceFile, read_block, unpacked
 from regpt.errors import DataError
 from regpt.tokenizers.download import cache_folder
-from regpt.tokenizers.files import write_file
+from regpt.tokenizers.files import require_sha256, write_file
 
-PACKINGS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".xz": lzma.decompress, ".gz": gzip.decompress}
-LINES = (".jsonl", ".json", ".jsonl.xz", ".jsonl.gz")
+ROWS = (".jsonl", ".ndjson", ".json", ".parquet")
 SHA256 = ".sha256"
 
 
@@ -46,7 +44,7 @@ class Files:
 
     task: str
     names: tuple[str, ...]
-    """In a folder, the first that is there; each also as .xz and .gz."""
+    """In a folder, the first that is there; each also packed."""
     remote: tuple[Remote, ...]
     """What is downloaded where no data is named; the first has the rows."""
 
@@ -64,12 +62,14 @@ def find(files: Files, data: Path | None) -> Path:
         first, *_ = (download(remote, files.task) for remote in files.remote)
         return first
     if data.is_dir():
-        for folder, name, packing in itertools.product((data, data / files.task), files.names, PACKINGS):
+        for folder, name, packing in itertools.product(
+            (data, data / files.task), files.names, ("", *PACKINGS)
+        ):
             if (found := folder / (name + packing)).is_file():
                 return found
         raise DataError(
             f"{data} holds no file for the task {files.task}.",
-            expected=" or ".join(files.names) + ", plain or as .xz or .gz",
+            expected=f"{' or '.join(files.names)}, plain or as {', '.join(PACKINGS)}",
             hint=f"--data FILE, or without --data: it is downloaded from {files.remote[0].url}",
         )
     if not data.exists():
@@ -88,7 +88,8 @@ def download(remote: Remote, task: str) -> Path:
     expected = remote.sha256 or (known.read_text().strip() if known.exists() else None)
     hint = f"put it at {keep}, or name a file of your own: --data FILE"
     if keep.exists():
-        _require(keep.read_bytes(), expected, str(keep), f"delete {keep}")
+        if expected is not None:
+            require_sha256(keep.read_bytes(), expected, keep, f"delete {keep}")
         return keep
 
     def refused(url: str, status: int, headers: Message) -> DataError:
@@ -100,34 +101,33 @@ def download(remote: Remote, task: str) -> Path:
             content = zipfile.ZipFile(io.BytesIO(content)).read(remote.member)
         except (zipfile.BadZipFile, KeyError, zlib.error) as e:
             raise DataError(f"{remote.url} is no zip archive with {remote.member}: {e}.", hint=hint) from None
-    _require(content, expected, remote.url, hint)
+    if expected is not None:
+        require_sha256(content, expected, remote.url, hint)
     write_file(keep, content)
     if remote.sha256 is None:
         write_file(known, hashlib.sha256(content).hexdigest().encode() + b"\n")
     return keep
 
 
-def _require(content: bytes, sha256: str | None, name: str, hint: str) -> None:
-    got = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and got != sha256:
-        raise DataError(
-            f"{name} is not the file that is known.", got=f"sha256 {got}", expected=sha256, hint=hint
-        )
+def holds_rows(path: Path) -> bool:
+    """Whether its name says that it has rows with fields, and not plain text."""
+    return (path.with_suffix("") if path.suffix in PACKINGS else path).suffix in ROWS
 
 
 def read_text(path: Path) -> str:
     """A UTF-8 file, unpacked. Raises DataError where it cannot be read, is damaged, empty, or no UTF-8."""
-    packing = path.suffix if path.suffix in PACKINGS else ""
     try:
-        text = PACKINGS[packing](path.read_bytes()).decode("utf-8")
+        with unpacked(SourceFile.of(path, path.name)) as (stream, _):
+            text = b"".join(iter(lambda: read_block(stream, path), b"")).decode("utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"{path} is not UTF-8 text: {e}.") from None
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror or e}.") from None
-    except (lzma.LZMAError, EOFError, zlib.error) as e:
+    except zlib.error as e:
         raise DataError(f"{path} is damaged: {e}.") from None
     if not text.strip():
-        raise DataError(f"{path} is empty.", expected="a row on every line")
+        expected = "a row on every line" if holds_rows(path) else "text"
+        raise DataError(f"{path} is empty.", expected=expected)
     return text
 
 

@@ -26,6 +26,7 @@ from regpt.train.dist import Ranks, is_sharded
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # of one pass, padding included
 SHARED_FROM = 8  # tokens of a context that are worth a pass of their own
 SPREAD = 8  # tokens by which contexts that pass together may differ, where equal ones are too few
+COPIED = 8  # times the tokens of a pass: positions of which keys and values are copied for it, those that are shared included
 PADDED = 1 / 8  # of a row at most, in a pass that is well filled (a quarter of its tokens) without it
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
@@ -215,8 +216,9 @@ def _cut(rows: list[_Row], batch_tokens: int, shared: int) -> Iterator[list[_Row
     at = 0
     while at < len(rows):
         longest = len(rows[at].ids) - 1 - shared
-        count = enough = max(batch_tokens // 4 // longest, 1)
-        for row in rows[at + enough : at + max(batch_tokens // longest, 1)]:
+        most = max(min(batch_tokens // longest, COPIED * batch_tokens // (shared + longest)), 1)
+        count = enough = max(min(batch_tokens // 4 // longest, most), 1)
+        for row in rows[at + enough : at + most]:
             if len(row.ids) - 1 - shared < (1 - PADDED) * longest:
                 break
             count += 1
@@ -238,7 +240,14 @@ def _score_batch(
     if batch.shared:
         between()
         weight = next(cast(nn.Module, model).parameters())
-        cache = KVCache(model.config, len(batch.groups), batch.shared, device, weight.dtype)
+        cache = KVCache(
+            model.config,
+            len(batch.groups),
+            batch.shared,
+            device,
+            weight.dtype,
+            hint="fewer tokens in one pass: a smaller batch_tokens (--batch-tokens)",
+        )
         model.hidden(torch.tensor([g[0].ids[: batch.shared] for g in batch.groups], device=device), cache)
     continues = {row.place: number for number, group in enumerate(batch.groups) for row in group}
     rows = sorted((r for g in batch.groups for r in g), key=lambda row: len(row.ids), reverse=True)

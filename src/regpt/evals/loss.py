@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regpt.data.loader import eval_batches, strided_batches
+from regpt.data.loader import eval_batches, strided_batches, window_count
+from regpt.data.request import split_parts
+from regpt.data.shards import dtype_for
+from regpt.data.sources import open_source, reasons
 from regpt.data.split import Ids, TokenSplit
+from regpt.data.workers import FACTS, facts_path, tokenize
 from regpt.errors import ConfigError, DataError
-from regpt.evals.files import LINES, read_rows, read_text
 from regpt.evals.likelihood import of_targets
 from regpt.models import IGNORE, LanguageModel
 from regpt.models.modern import turns
@@ -80,7 +85,7 @@ def split_loss(
         raise DataError(
             f"the split {split.name} has no target.", got=f"{split.n_tokens} tokens", expected="at least 2"
         )
-    windows = 1 + -(-max(split.n_tokens - 1 - context, 0) // stride)
+    windows = window_count(split, context, stride)
     was_training, done = model.training, 0
     model.eval()
     sums: list[float] = []
@@ -132,7 +137,9 @@ def check_windows(model: LanguageModel, context: int, stride: int) -> None:
         why = "its positions are learned, and end there" if context > size else "a window needs a token"
         raise ConfigError(
             f"--context {context:,} does not fit the model: {why}.",
-            expected=f"1 to {size:,}",
+            expected=f"1 or more; positions go on beyond the {size:,} of training"
+            if is_rotary(model)
+            else f"1 to {size:,}",
             hint=f"--context {size}",
         )
     if not 1 <= stride <= context:
@@ -164,25 +171,36 @@ def stretched(model: LanguageModel, context: int) -> Iterator[None]:
 
 
 class TextSplit(TokenSplit):
-    """Documents of a text file as a split: ids in memory, each document ended by `<|endoftext|>`.
+    """A file of text as a split, its ids in memory: the very ids that `regpt prepare` would write of it.
 
     Args:
-        path: UTF-8 text, one document; or JSON lines with the field `text`. Also packed (.xz, .gz).
+        path: whatever `regpt prepare` takes for one file: text, with `<|endoftext|>` between documents or of one document;
+            JSON lines or parquet with the field `text`; also packed.
 
     Raises:
         DataError: the file is missing, empty or damaged, or has characters that the tokenizer lacks.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        lines = path.name.endswith(LINES)
-        texts = [row.get("text", str) for row in read_rows(path, None)] if lines else [read_text(path)]
-        end = np.array([tokenizer.eot_id])
-        parts = [part for text in texts for part in (tokenizer.encode_array(text), end)]
+        source, dtype = open_source(str(path)), dtype_for(tokenizer.vocab_size)
+        parts, ends, skipped = [np.zeros(0, dtype)], list[int](), Counter[str]()
+        n_tokens = size = 0
+        with tempfile.TemporaryDirectory(prefix="regpt-") as folder:
+            written = Path(folder) / "ids"
+            for _, part in split_parts(source, None, Path(folder)):
+                skipped.update(tokenize(part, tokenizer, written).skipped)
+                parts.append(np.fromfile(written, dtype))
+                facts = np.fromfile(facts_path(written), FACTS)
+                if part.fragment != "middle":
+                    ends += (n_tokens + np.cumsum(facts["tokens"])).tolist()
+                n_tokens, size = n_tokens + len(parts[-1]), size + int(facts["bytes"].sum())
         self.ids = np.concatenate(parts).astype(np.int64)
-        ends = np.cumsum([len(part) for part in parts])[1::2]
-        size = sum(len(text.encode()) for text in texts)
-        super().__init__(path.name, [], document_ends=lambda: ends, source_bytes=lambda: size)
-        self.n_tokens = len(self.ids)
+        if not size:
+            raise DataError(
+                f"{path} is empty.", got=f"skipped: {reasons(skipped)}" if skipped else None, expected="text"
+            )
+        super().__init__(path.name, [], document_ends=lambda: np.array(ends), source_bytes=lambda: size)
+        self.n_tokens = n_tokens
 
     def read(self, start: int, n: int) -> Ids:
         return self.ids[start : start + n]

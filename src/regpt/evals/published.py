@@ -19,7 +19,7 @@ from regpt.evals.names import LOSS
 
 Standing = Literal["published", "measured", "unsupported", "contaminated"]
 """Published by its authors; measured by us; claimed with nothing behind it; of text that the model had seen."""
-GPT2 = ("GPT-2 124M", "GPT-2 350M", "GPT-2 774M", "GPT-2 1558M")
+GPT2 = ("GPT-2 124M", "GPT-2 355M", "GPT-2 774M", "GPT-2 1558M")
 """OpenAI's own four."""
 SHARES = {"acc", "acc_norm", "acc_norm_tokens", "acc_bytes"}
 """Figures that are a share of right answers."""
@@ -52,19 +52,28 @@ class Published:
     method: str
     """How it was scored."""
     caveat: str = ""
-    """What makes it not comparable, where something does."""
+    """What stands against comparing it, or explains a difference, where something does."""
+    comparable: bool = True
+    """False: scored by another rule than ours, which the caveat names; no difference is judged."""
     standing: Standing = "published"
     corpus: str | None = None
     """Of a loss, the named set (data.source) that the text belongs to."""
+    tokenizer: str | None = None
+    """Of a loss, what its tokens are: gpt2, chars, bytes, or bpe of so many ids (`compare.tokens_of`)."""
+    held_out: str | None = None
+    """Of a loss, the held-out part: a share, or a split's name (`compare.held_out`). None: not one that we can draw; the
+    caveat says so."""
     tokens: int | None = None
     """That the model was trained on."""
     rows: int | None = None
     """That were scored."""
     stderr: float | None = None
     """Of the published value; of a share of right answers it follows from the rows."""
-    noise: float | None = None
-    """How far runs that differ in nothing but the seed were seen to lie apart."""
-    noise_of: str = ""
+    runs: int = 1
+    """That the value is the mean or the median of."""
+    seed_sd: float | None = None
+    """The standard deviation of runs that differ in nothing but the seed."""
+    seeds: str = ""
     """Which runs those were."""
     presets: tuple[str, ...] = ()
     """That reproduce it, or should stand beside it."""

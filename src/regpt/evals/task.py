@@ -10,7 +10,7 @@ from typing import Unpack
 
 from regpt.errors import DataError
 from regpt.evals.figures import Figure, TaskResult
-from regpt.evals.likelihood import Options, Request, Scored, score
+from regpt.evals.likelihood import Options, Request, Scored, check_requests, score
 from regpt.evals.names import HEADLINES
 from regpt.models import LanguageModel
 from regpt.tokenizers import Tokenizer
@@ -39,6 +39,24 @@ class Task(ABC):
     @abstractmethod
     def figures(self, answers: Answers) -> dict[str, Figure]:
         """What the answers come to."""
+
+    def check(self, model: LanguageModel, parts: Parts) -> None:
+        """Refuse what the model cannot score, before anything is computed: of the model its shape alone is looked at.
+
+        Args:
+            parts: what `requests` gave.
+
+        Raises:
+            DataError: naming task and row.
+        """
+        for rows in parts.values():
+            for number, row in enumerate(rows):
+                try:
+                    check_requests(model, row)
+                except DataError as e:
+                    raise DataError(
+                        f"{self.name}, row {number}: {e.what}", got=e.got, expected=e.expected, hint=e.hint
+                    ) from None
 
     def evaluate(
         self,

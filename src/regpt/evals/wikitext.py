@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from regpt.evals.figures import Figure, exponential, ratio, scaled
-from regpt.evals.files import LINES, Files, Remote, find, read_rows, read_text
+from regpt.evals.files import Files, Remote, find, holds_rows, read_rows, read_text
 from regpt.evals.likelihood import Request
 from regpt.evals.task import Answers, Encoder, Parts, Task
 from regpt.tokenizers import Tokenizer
@@ -82,7 +82,7 @@ class WikiText(Task):
 def open_wikitext(data: Path | None, limit: int | None) -> WikiText:
     """WikiText from the published file, or from rows with the field `page`."""
     path = find(WIKITEXT, data)
-    if path.name.endswith(LINES) or path.suffix == ".parquet":
+    if holds_rows(path):
         found = [row.get("page", str) for row in read_rows(path, limit)]
     else:
         found = list(pages(read_text(path)))[:limit]

@@ -21,16 +21,24 @@ class KVCache:
 
     Args:
         config: the model's shape.
-        rows: sequences decoded side by side.
+        rows: sequences side by side.
         positions: the most that a row will hold; nothing is allocated later.
         device, dtype: where and how keys and values are kept, normally the model's own.
+        hint: what to try where the memory is not there.
 
     Raises:
         DeviceError: the memory is not there.
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int, positions: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        rows: int,
+        positions: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        hint: str = "fewer completions at a time: a smaller -n",
     ) -> None:
         self.rows, self.positions, self._length = rows, positions, 0
         self.ids: Tensor | None = None  # (rows, positions), once a model asks for them
@@ -42,7 +50,7 @@ class KVCache:
             gb = cache_bytes(config, rows, positions, dtype) / 1e9
             raise DeviceError(
                 f"a cache of {rows} x {positions} positions takes {gb:,.1f} GB: more than {device} has.",
-                hint="fewer completions at a time: a smaller -n",
+                hint=hint,
             ) from e
 
     @property

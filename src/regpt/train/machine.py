@@ -209,8 +209,11 @@ def wait(machine: Machine) -> None:
 
 
 @contextlib.contextmanager
-def using(machine: Machine) -> Iterator[None]:
+def using(machine: Machine, *, exact: bool = False) -> Iterator[None]:
     """Compute as is best on the machine while this is open: its threads, and products of float32 matrices.
+
+    Args:
+        exact: float32 to the last bit on CUDA, too: what evaluation asks for, whose figures say float32.
 
     CUDA: TF32 (10 bits of mantissa). CPU: float32 to the last bit, but by oneDNN where MKL is slow: on AMD processors it
     leaves AVX-512 unused, and oneDNN is twice as fast (Zen 5, two cores: 479 against 225 GFLOP/s). PyTorch hands products
@@ -220,7 +223,7 @@ def using(machine: Machine) -> Iterator[None]:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision(), attention.products_in_float32
     try:
         torch.set_num_threads(machine.threads)
-        _choose_float32_products(machine)
+        _choose_float32_products(machine, exact)
         yield
     finally:
         torch.set_num_threads(before[0])
@@ -228,8 +231,8 @@ def using(machine: Machine) -> Iterator[None]:
         attention.products_in_float32 = before[2]
 
 
-def _choose_float32_products(machine: Machine) -> None:
-    torch.set_float32_matmul_precision("high" if machine.kind == "cuda" else "highest")
+def _choose_float32_products(machine: Machine, exact: bool) -> None:
+    torch.set_float32_matmul_precision("high" if machine.kind == "cuda" and not exact else "highest")
     flags = _cpu_flags()
     if machine.kind != "cpu" or _cpu_info("vendor_id") != "AuthenticAMD":
         return
