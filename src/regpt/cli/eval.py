@@ -21,7 +21,8 @@ from regpt.cli.beside import (
     published_beside,
     run_harness,
 )
-from regpt.cli.parse import Output, duration, parse
+from regpt.cli.parse import Output, parse
+from regpt.durations import duration
 from regpt.errors import ConfigError, DataError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.paths import user_path
