@@ -396,24 +396,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings whose values differ: {"optim.lr": (0.001, 0.003)}."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for f in dataclasses.fields(new):
-        a, b = getattr(old, f.name), getattr(new, f.name)
-        if dataclasses.is_dataclass(b):
-            found |= differences(a, b, f"{prefix}{f.name}.")
-        elif a != b:
-            found[prefix + f.name] = (a, b)
-    return found
+    before, after = flat(old, prefix), flat(new, prefix)
+    return {name: (before[name], value) for name, value in after.items() if before[name] != value}
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting under its dotted name: {"optim.lr": 0.001, …}."""
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting under its dotted name: {"optim.lr": 0.001, …}; of a tree of dataclasses or one of dicts."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        found |= (
-            flat(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-        )
+    tree = isinstance(settings, Mapping)
+    names = settings if tree else [f.name for f in dataclasses.fields(settings)]
+    for name in names:
+        value = settings[name] if tree else getattr(settings, name)
+        section = isinstance(value, Mapping) or dataclasses.is_dataclass(value)
+        found |= flat(value, f"{prefix}{name}.") if section else {prefix + name: value}
     return found
 
 

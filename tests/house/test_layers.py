@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # Lower layers first; a module may import its own layer and those above it in this list. The longest prefix counts.
 LAYERS = [
-    ["errors", "config", "paths", "threads", "evals.names", "__init__"],
+    ["errors", "config", "durations", "paths", "threads", "evals.names", "__init__"],
     [
         "tokenizers",
         "train.dist",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from logs import evaluation, steps, write_run
 
+from regpt.config import load_preset
 from regpt.report.history import read_histories
 from regpt.report.page import page
 from regpt.report.serve import Server
@@ -102,17 +105,74 @@ def test_without_scripts_the_curves_stand(show: Any, run: Path) -> None:
     assert not shown.page.locator("#controls").is_visible()
 
 
+def test_with_and_without_scripts_the_scales_say_the_same(show: Any, tmp_path: Path) -> None:
+    """Two programs draw the same charts, so they are held against each other, at the width that has no script."""
+    lines = [*steps(70), *(evaluation(s, 7 / s**0.5) for s in (35, 70))]
+    for i, line in enumerate(lines[:70]):
+        line |= {
+            "lr": 6e-5 * i,
+            "grad_norm": 1e5 / (i + 1),
+            "tokens_per_second": 123_456.0 + i,
+            "mfu": 0.3 + i / 1e6,
+        }
+    scored = {
+        "event": "tasks",
+        "step": 70,
+        "hellaswag": {"acc_norm": 0.3, "acc_norm_tokens": 0.29, "rows": 10_042},
+    }
+    run = write_run(
+        tmp_path / "a", [*lines, scored], total_steps=70, config=load_preset("gpt2-124m-fineweb-edu").config
+    )
+    viewport = {"width": 1026, "height": 900}
+    scripted, plain = (show(run, viewport=viewport, java_script_enabled=on) for on in (True, False))
+    assert scripted.page.locator(LOSS).bounding_box()["width"] == 960
+    plots = [p.get_attribute("data-plot") for p in scripted.page.locator(".plot").all()]
+    assert len(plots) >= 6
+    for plot in plots:
+        theirs, ours = (s.page.locator(f'[data-plot="{plot}"]') for s in (scripted, plain))
+        for what in (".tick", ".baseline-label"):
+            said = sorted(theirs.locator(what).all_text_contents())
+            assert said == sorted(ours.locator(what).all_text_contents()), plot
+        assert theirs.locator("path.line").count() == ours.locator("path.line").count()
+
+
+def test_published_figures_are_drawn(show: Any, tmp_path: Path) -> None:
+    config = load_preset("gpt2-124m-fineweb-edu").config
+    run = write_run(tmp_path / "a", [*steps(3), evaluation(3, 4.0)], config=config)
+    for scripts in (True, False):
+        shown = show(run, java_script_enabled=scripts)
+        assert shown.page.locator(f"{LOSS} line.baseline").count() >= 1
+        assert "GPT-2 124M 3.292" in shown.page.locator(f"{LOSS} .baseline-label").all_text_contents()
+
+
+def test_a_second_figure_can_be_told_apart_and_hidden(show: Any, tmp_path: Path) -> None:
+    scored = {
+        "event": "tasks",
+        "step": 3,
+        "hellaswag": {"acc_norm": 0.3, "acc_norm_tokens": 0.29, "rows": 10_042},
+    }
+    shown = show(write_run(tmp_path / "a", [*steps(3), scored]))
+    chart = '[data-plot="hellaswag.acc_norm"]'
+    assert shown.page.locator(f"{chart} path.line").count() == 2
+    assert shown.page.locator(f"{chart} path.second").count() == 1
+    shown.page.click('[data-toggle="line:hellaswag.acc_norm:acc_norm_tokens"]')
+    assert shown.page.locator(f"{chart} path.second").count() == 0
+    assert shown.page.locator(f"{chart} path.line").count() == 1 and shown.complaints == []
+
+
 def test_the_axis_changes_what_is_drawn(show: Any, run: Path) -> None:
     shown = show(run)
-    assert shown.tick_texts()[-2:] == ["40", "steps"] or "steps" in shown.tick_texts()
-    for axis, name, last in (
-        ("tokens", "tokens", "80K"),
-        ("time_s", "training time, seconds", "80"),
-        ("flops", "FLOPs", "8e7"),
+    at_y = ["2", "4", "6", "8"]
+    assert shown.tick_texts() == [*at_y, "0", "5", "10", "15", "20", "25", "30", "35", "40", "steps"]
+    whole = shown.d()
+    for axis, name, at_x in (
+        ("tokens", "tokens", ["0", "10K", "20K", "30K", "40K", "50K", "60K", "70K", "80K"]),
+        ("time_s", "training time, seconds", ["0", "10", "20", "30", "40", "50", "60", "70", "80"]),
+        ("flops", "FLOPs", ["0", "1e7", "2e7", "3e7", "4e7", "5e7", "6e7", "7e7", "8e7"]),
     ):
         shown.page.click(f"[data-axis={axis}]")
-        texts = shown.tick_texts()
-        assert name in texts and last in texts
+        assert shown.tick_texts() == [*at_y, *at_x, name]
+        assert shown.d() == whole  # of these logs every axis is a multiple of the steps
         assert shown.page.get_attribute(f"[data-axis={axis}]", "aria-pressed") == "true"
     assert shown.complaints == []
 
@@ -134,18 +194,29 @@ def test_smoothing_and_the_logarithm_change_the_path(show: Any, run: Path) -> No
 
 
 def test_the_smoothed_curve_is_the_average_that_it_says(show: Any, tmp_path: Path) -> None:
-    """A second path: the same exponential average here, through the page's own read-out."""
-    lines = steps(10)
-    for i, line in enumerate(lines):
-        line["loss"] = float(i % 2)
+    """A second path: the explicit sum over all points, each weighing as much as the steps that it stands for."""
+    lines = [line for line in steps(3000) if line["step"] % 10 == 0 or line["step"] < 40]  # closer at first
+    for line in lines:
+        line["loss"] = 3 + 8 / (1 + line["step"] / 50)
+    lines[20]["loss"] = None
     shown = show(write_run(tmp_path / "a", lines))
-    shown.page.locator("#smooth").fill("100")  # half-life a quarter of 10 steps
-    keep, total, weight = 0.5 ** (1 / 2.5), 0.5 * 0.0, 0.5
-    for line in lines[1:]:
-        total, weight = keep * total + (1 - keep) * line["loss"], keep * weight + (1 - keep)
+    shown.page.locator("#smooth").fill("100")
+    half_life = 0.25 * 3000
+    known = [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
+    at, values = [s for s, _ in known], [y for _, y in known]
+    spacing = [at[1] - at[0], *(b - a for a, b in itertools.pairwise(at))]
     box = shown.page.locator(LOSS).bounding_box()
-    shown.page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 60)
-    assert f"training {float(f'{total / weight:.4g}'):g}" in shown.page.inner_text(f"{LOSS} .tip")
+    for step in (1, 10, 750, 3000):
+        upto = at.index(step) + 1
+        weights = [
+            0.5 ** ((step - s) / half_life) * (1 - 0.5 ** (d / half_life))
+            for s, d in zip(at[:upto], spacing, strict=False)
+        ]
+        expected = sum(w * y for w, y in zip(weights, values, strict=False)) / sum(weights)
+        x = 58 + (box["width"] - 58 - 14) * step / 3000
+        shown.page.mouse.move(box["x"] + x, box["y"] + 60)
+        tip = shown.page.inner_text(f"{LOSS} .tip")
+        assert f"training {float(f'{expected:.4g}'):g}" in tip, (step, tip)
 
 
 def test_a_value_can_be_read_by_mouse_and_by_keys(show: Any, run: Path) -> None:
@@ -194,7 +265,7 @@ def test_the_legend_hides_curves(show: Any, tmp_path: Path, run: Path) -> None:
     assert shown.page.locator(f"{LOSS} path.line").count() == 4
     shown.page.click('[data-toggle="run:1"]')
     assert shown.page.locator(f"{LOSS} path.line").count() == 2
-    shown.page.click('[data-toggle="line:loss:noisy"]')
+    shown.page.click('[data-toggle="line:loss:training"]')
     assert shown.page.locator(f"{LOSS} path.line").count() == 1
     shown.page.click('[data-toggle="run:1"]')
     assert shown.page.locator(f"{LOSS} path.line").count() == 2
@@ -222,11 +293,18 @@ def test_dark_is_dark_and_light_is_light(show: Any, run: Path) -> None:
 
 def test_it_prints(show: Any, run: Path) -> None:
     shown = show(run, color_scheme="dark")
-    pdf = shown.page.pdf()
-    assert pdf.startswith(b"%PDF") and pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") >= 1
-    shown.page.emulate_media(media="print")
+    on_screen = shown.page.locator(".plot svg").count()
+    pdf = shown.page.pdf(width="210mm", height="297mm")
+    pages = len(re.findall(rb"/Type\s*/Page\b", pdf))
+    assert pdf.startswith(b"%PDF") and 2 <= pages <= 4  # charts and tables fill two or three
+    shown.page.emulate_media(media="print", color_scheme="dark")
     assert not shown.page.locator("#controls").is_visible()
+    assert not shown.page.locator(".tip").first.is_visible()
     assert shown.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    ink = shown.page.evaluate("getComputedStyle(document.querySelector('h1')).color")
+    assert sum(map(int, ink.strip("rgb()").split(","))) < 150  # dark on white, though the screen is dark
+    assert shown.page.locator(".plot svg").count() == on_screen and shown.page.locator(LOSS).is_visible()
+    assert shown.page.evaluate("getComputedStyle(document.querySelector('.chart')).breakInside") == "avoid"
 
 
 def test_a_hundred_thousand_points_stay_small(show: Any, tmp_path: Path) -> None:
@@ -272,8 +350,12 @@ def test_a_page_that_is_live_follows_the_run(show: Any, run: Path) -> None:
             # What was chosen is still chosen.
             assert "tokens" in shown.tick_texts() and shown.page.locator(f"{LOSS} path.smooth").count() == 1
             assert shown.page.inner_text("#live") == "live"
+            run.rename(run.with_name("moved"))  # what is wrong is the server's to say, as long as it is there
+            shown.page.locator("#live.lost", has_text=f"there is no run at {run}").wait_for()
+            run.with_name("moved").rename(run)
+            shown.page.locator("#live:not(.lost)", has_text="live").wait_for()
         finally:
             server.shutdown()
             thread.join()
-    shown.page.locator("#live.lost").wait_for()
+    shown.page.locator("#live.lost", has_text="regpt report --watch has ended").wait_for()
     assert shown.page.locator(f"{LOSS} path.raw").count() == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +58,13 @@ def test_what_cannot_be_read_is_passed_over_and_counted(tmp_path: Path) -> None:
         log.write(b'\xff\xfe\n[1, 2]\n{"event": "step", "step": "4"}\n{"event": "step", "step": -1}\n')
         log.write(b'{"event": "step", "step": true}\n' + b"[" * 100_000 + b"\n")
         log.write(b'{"event": "step", "step": 4, "loss": "low", "lr": 1e999, "grad_norm": true}\n')
-        log.write(b'{"event": "step", "step": 5, "loss')  # being written
+        log.write(b'{"event": "step", "step": 5, "loss": 1e301, "lr": 1e-300, "memory_bytes": -1e300}\n')
+        log.write(b'{"event": "step", "step": 6, "loss')  # being written
     (history,) = read_histories([run])
     assert history.damaged_lines == 6
-    assert history.series["loss"].step.tolist() == [1, 2, 3, 4]
-    assert math.isnan(history.series["loss"].value[3]) and history.series["loss"].last is None
+    assert history.series["loss"].step.tolist() == [1, 2, 3, 4, 5]
+    assert np.isnan(history.series["loss"].value[3:]).all() and history.series["loss"].last is None
+    assert history.series["lr"].last == 0.0 and history.series["memory_bytes"].last == -1e300
 
 
 def test_it_reads_what_the_run_directory_reads(tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
+import random
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 from logs import evaluation, steps, write_run
 
+import regpt.evals.names
 from regpt.cli import main
+from regpt.config import load_preset
 from regpt.errors import UsageError
+from regpt.evals.names import HEADLINES
 from regpt.report.charts import BUCKETS, OF_BUCKET, labels, said, ticks
 from regpt.report.history import read_histories
-from regpt.report.page import ALONE, MARK, page
+from regpt.report.page import ALONE, MARK, page, update
 from regpt.report.write import report_place, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'& ]]> <!-- \u2028 \x00 \ud800"
@@ -133,6 +139,149 @@ def test_a_gap_breaks_the_line(tmp_path: Path) -> None:
     assert (first.count("M"), first.count("L")) == (2, 2)
 
 
+def test_gpt2_stands_in_the_picture_of_a_run_on_its_text(tmp_path: Path) -> None:
+    config = load_preset("gpt2-124m-fineweb-edu").config
+    text = page(read_histories([write_run(tmp_path / "a", [*steps(3), evaluation(3, 4.0)], config=config)]))
+    drawn = Reader(text[: text.index("</figure>")])
+    assert [
+        a["class"] for _, a in drawn.elements if a.get("class") == "baseline"
+    ] and "GPT-2 124M 3.292" in drawn.text
+
+
+def scored_run(folder: Path, **figures: float) -> Path:
+    scores = {"event": "tasks", "step": 3, "hellaswag": {**figures, "rows": 10_042, "stderr": 0.005}}
+    return write_run(folder, [*steps(3), scores])
+
+
+def test_hellaswag_is_told_by_the_figure_of_regpt_eval_and_beside_the_published_one(tmp_path: Path) -> None:
+    run = scored_run(tmp_path / "a", acc=0.27, acc_norm=0.29, acc_norm_stderr=0.004, acc_norm_tokens=0.28)
+    text = page(read_histories([run]))
+    (chart,) = [c for name, c in charts_of(text).items() if name.startswith("hellaswag")]
+    assert (
+        chart["id"] == "hellaswag.acc_norm" and chart["unit"] == "acc_norm and acc_norm_tokens, 10,042 rows"
+    )
+    assert [(line["name"], line["y"]) for line in chart["lines"]] == [
+        ("acc_norm", [0.29]),
+        ("acc_norm_tokens", [0.28]),
+    ]
+    baselines = {b["label"]: b["value"] for b in chart["baselines"]}
+    assert baselines["GPT-2 124M acc_norm"] == 0.3114 and baselines["GPT-2 124M acc_norm_tokens"] == 0.294463
+    assert "hellaswag0.2900acc_norm" in Reader(text).text
+    assert [a["data-toggle"] for _, a in Reader(text).elements if "data-toggle" in a][2:] == [
+        "line:hellaswag.acc_norm:acc_norm",
+        "line:hellaswag.acc_norm:acc_norm_tokens",
+    ]
+
+
+def test_a_second_figure_stands_only_beside_published_ones(tmp_path: Path) -> None:
+    scores = {
+        "event": "tasks",
+        "step": 3,
+        "hellaswag": {"acc_norm": 0.29, "acc_norm_tokens": 0.28, "rows": 500},
+    }
+    (chart,) = [
+        c
+        for name, c in charts_of(
+            page(read_histories([write_run(tmp_path / "a", [*steps(3), scores])]))
+        ).items()
+        if name.startswith("hellaswag")
+    ]
+    assert [line["y"] for line in chart["lines"]] == [[0.29]] and chart["unit"] == "acc_norm, 500 rows"
+
+
+def test_every_task_has_the_headline_that_its_evaluation_gives_it() -> None:
+    """A second path: what the tasks themselves say, where they are opened."""
+    source = "".join(
+        (Path(regpt.evals.names.__file__).parent / f"{name}.py").read_text()
+        for name in ("choices", "lambada", "wikitext")
+    )
+    assert dict(re.findall(r'name="(\w+)", headline="(\w+)"', source)) == HEADLINES
+
+
+def test_a_comparison_says_means_settings_and_cautions(tmp_path: Path) -> None:
+    values = [3.0, 3.1, 3.3]
+    runs = [
+        write_run(tmp_path / str(i), [*steps(10), evaluation(10, v)], seed=i) for i, v in enumerate(values)
+    ]
+    runs += [
+        write_run(
+            tmp_path / name, [*steps(10), evaluation(10, 2.5)], optim={"lr": 0.25}, seed=9, fingerprint="bb"
+        )
+        for name in ("x", "y")
+    ]
+    runs += [write_run(tmp_path / n, steps(5), optim={"lr": 0.125}, seed=i) for i, n in enumerate("uv")]
+    runs.append(write_run(tmp_path / "w", [*steps(5), evaluation(5, 7.75)], optim={"lr": 0.0625}))
+    seen = Reader(page(read_histories(runs))).text
+    assert "mean ± sample standard deviation" in seen
+    assert "n = 3, seeds 0, 1, 2" in seen and f"3.1333 ± {statistics.stdev(values):.4f}" in seen
+    assert "n = 1 of 2; 1 of a seed that is there again, seeds 9, 9" in seen
+    assert "none of 2 is finished, so there is no mean" in seen
+    assert "not finished: so far" in seen and "7.7500" in seen
+    assert "Settings that differ" in seen
+    assert "optim.lr" + "0.0006" * 3 + "0.25" * 2 + "0.125" * 2 + "0.0625" in seen
+    assert "These runs have different tokenizers" in seen
+
+
+def test_equal_values_are_said_to_have_no_spread(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / str(i), [*steps(10), evaluation(10, 3.0)], seed=i) for i in range(2)]
+    assert "3.0000 ± 0.0000" in Reader(page(read_histories(runs))).text
+
+
+EXTREMES = (
+    *(
+        0.0,
+        -0.0,
+        5e-324,
+        -5e-324,
+        1e-310,
+        2.2250738585072014e-308,
+        1e-300,
+        1e-290,
+        1e-200,
+        -1.0,
+        1.0,
+        1 + 2**-52,
+    ),
+    *(1e12, 2**53, 2**64, 1e290, 1e299, 1e300, -1e300, 1.7e308, -1.7e308, 10**400, -(10**400)),
+    *(math.inf, -math.inf, math.nan, None, True, "", "x", [], {}),
+)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_number_in_a_log_is_too_much(tmp_path: Path, seed: int) -> None:
+    """Thirty logs a seed of the numbers that break things, as themselves or next to ordinary ones, alone and compared."""
+    rng = random.Random(seed)
+
+    def value() -> object:
+        return (
+            rng.choice(EXTREMES)
+            if rng.random() < share
+            else rng.uniform(-3, 3) * 10 ** rng.randint(-320, 300)
+        )
+
+    for n in range(30):
+        share, lines = (
+            rng.random(),
+            [*steps(4), evaluation(4, 1.0), {"event": "tasks", "step": 4, "x": {"acc": 1}}],
+        )
+        for line in lines:
+            line |= {k: value() for k in list(line) if k not in ("event", "step", "x") and rng.random() < 0.7}
+        lines[-1]["x"] = {"acc": value(), "acc_stderr": value(), "rows": value()}
+        run = write_run(tmp_path / f"{n}", lines)
+        record = json.loads((run / "run.json").read_text())
+        for part in ("plan", "machine", "facts"):
+            record[part] = {k: value() if rng.random() < share / 2 else v for k, v in record[part].items()}
+        (run / "run.json").write_text(json.dumps(record))
+        runs = read_histories([run], may_be_empty=True)
+        seen = Reader(page(runs, price=1e308))
+        assert not [
+            d for _, a in seen.elements for d in (a.get("d"), a.get("y")) if d and re.search("nan|inf", d)
+        ]
+        assert json.loads(update(runs))["data"]["charts"] == json.loads(seen.data)["charts"]
+    every = read_histories([tmp_path / f"{n}" for n in range(30)], may_be_empty=True)
+    assert "30 runs compared" in page(every, price=2.0)
+
+
 def test_equal_runs_make_equal_pages(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps(9))
     assert page(read_histories([run])) == page(read_histories([run]))
@@ -146,6 +295,8 @@ def test_equal_runs_make_equal_pages(tmp_path: Path) -> None:
         (5, 5, [5]),
         (1, 1 + 2e-16, [1]),
         (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+        (0, 5e-324, [0]),
+        (-1e300, 1e300, [-1e300, -5e299, 0, 5e299, 1e300]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
@@ -166,8 +317,23 @@ def test_one_run_has_its_report_in_it_several_here(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     runs = [write_run(Path(name), steps(2)) for name in "ab"]
     assert report_place(runs[:1], None) == Path("a/report.html")
-    assert report_place(runs, None) == Path("report.html")
-    assert report_place(runs, Path("a")) == Path("a/report.html")
+    assert report_place(runs, None) == Path("comparison.html")
+    assert report_place(runs, Path("a")) == Path("a/comparison.html")
+    assert report_place(runs[:1], Path("b")) == Path("b/report.html")
+
+
+def test_a_comparison_made_inside_of_a_run_leaves_its_report_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name, steps(2)) for name in "ab"]
+    monkeypatch.chdir(runs[0])
+    assert main(["report", "."]) == 0
+    before = Path("report.html").read_bytes()
+    assert main(["report", ".", "../b"]) == 0
+    assert (
+        Path("report.html").read_bytes() == before
+        and b"2 runs compared" in Path("comparison.html").read_bytes()
+    )
 
 
 def test_only_a_report_is_overwritten(tmp_path: Path) -> None:

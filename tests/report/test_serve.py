@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from logs import evaluation, steps, write_run
 
 from regpt.errors import UsageError
+from regpt.report import serve
 from regpt.report.serve import HOST, Server
 
 
@@ -84,6 +86,26 @@ def test_a_run_that_goes_away_is_said_not_crashed(tmp_path: Path) -> None:
         assert status == 503 and "there is no run at" in text
         (tmp_path / "b").rename(run)
         assert get(server, "/data.json")[0] == 200
+
+
+def test_a_tab_that_was_closed_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Server([write_run(tmp_path / "a", steps(1))], 0) as server:
+        for kind in (ConnectionResetError, BrokenPipeError, ZeroDivisionError):
+            try:
+                raise kind
+            except kind:
+                server.handle_error(None, (HOST, 1))
+            assert ("Traceback" in capsys.readouterr().err) == (kind is ZeroDivisionError)
+
+
+def test_a_connection_that_says_nothing_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < (serve._Handler.timeout or 0) <= 60
+    monkeypatch.setattr(serve._Handler, "timeout", 0.05)
+    with (
+        serving(write_run(tmp_path / "a", steps(1))) as server,
+        socket.create_connection((HOST, server.server_port), timeout=30) as idle,
+    ):
+        assert idle.recv(1) == b""
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1:1", ""])

@@ -24,7 +24,7 @@ def test_each_bucket_keeps_first_last_lowest_and_highest(n: int) -> None:
 
 
 def test_a_line_through_the_kept_points_covers_the_same_pixels() -> None:
-    """M4's theorem: in each column of pixels the line reaches from the same lowest to the same highest row."""
+    """M4's theorem, for points at equal distances: in each column of pixels the same lowest, highest, first and last row."""
     y = np.cumsum(np.random.default_rng(0).normal(size=8000))
     kept = thin(y, 400)
     column, kept_column = np.arange(8000) // 20, kept // 20

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
+from regpt.cli.parse import CommonArgs, Output, parse, preset_and_rest
 from regpt.cli.plan import gib
 from regpt.config import Config, load_preset
+from regpt.durations import duration
 from regpt.errors import UsageError, did_you_mean
 from regpt.paths import user_path
 

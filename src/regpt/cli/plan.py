@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest
+from regpt.cli.parse import CommonArgs, Output, parse, preset_and_rest
 from regpt.config import Config, differences, load_preset
+from regpt.durations import duration
 
 if TYPE_CHECKING:
     from regpt.data.split import TokenSet

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.cli.parse import CommonArgs, Output, parse
 from regpt.config import SHARD_TOKENS, DataConfig, TokenizerConfig
+from regpt.durations import duration
 from regpt.paths import nearest_existing
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ class Args(CommonArgs):
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run directories; several are compared."""
     out: str | None = None
-    """The page. None: report.html in the run; of several runs, here."""
+    """The page. None: report.html in the run; of several runs, comparison.html here."""
     open: Literal["yes", "no"] = "no"
     """Whether to show it in the browser."""
     price: float | None = None
-    """Money an hour of the machine costs, to say what the run cost."""
+    """Money an hour of all its machines costs, to say what the run's steps, evaluations and saves cost."""
     watch: bool = False
     """Serve the page on this machine and keep it up to date, until Ctrl-C; nothing is written."""
     port: int = 8350

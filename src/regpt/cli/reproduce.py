@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from regpt.cli.beside import text_of
-from regpt.cli.parse import CommonArgs, Output, duration, finite, parse, preset_and_rest, program
+from regpt.cli.parse import CommonArgs, Output, finite, parse, preset_and_rest, program
 from regpt.cli.train import Screen
 from regpt.config import Config, Preset, differences, load_preset
+from regpt.durations import duration
 from regpt.errors import DataError, UsageError
 from regpt.evals.compare import Comparison, Run, Values, compare, markdown, table, tokens_of
 from regpt.evals.names import LOSS

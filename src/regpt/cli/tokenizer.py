@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse
+from regpt.cli.parse import CommonArgs, Output, parse
 from regpt.config import DataConfig, TokenizerConfig
+from regpt.durations import duration
 from regpt.errors import DataError, UsageError, did_you_mean
 from regpt.paths import user_path
 from regpt.tokenizers import MAX_BYTES

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from regpt.cli.parse import CommonArgs, Output, duration, parse, preset_and_rest, program
+from regpt.cli.parse import CommonArgs, Output, parse, preset_and_rest, program
 from regpt.config import Config, load_preset
+from regpt.durations import duration
 from regpt.errors import Interrupted, TrainingDiverged
 from regpt.evals.names import HEADLINES
 from regpt.paths import user_path

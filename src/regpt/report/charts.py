@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from regpt.evals.names import HEADLINES
 from regpt.report.baselines import Baseline, loss_baselines, task_baselines
-from regpt.report.history import History, Series
+from regpt.report.history import SMALLEST, History, Series
 from regpt.report.thin import OF_BUCKET, means, thin
 
 BUCKETS, SMALL_BUCKETS = 800, 400  # about one for each column of pixels of a wide chart and of a small one
 POINTS_IN_ALL = 60_000  # of all runs together; more runs get fewer points each, but never under
 LEAST_BUCKETS = 50
+WHOLE = 2**53  # below, a whole number stays as it is
 DIGITS = 7  # of a value in the page: single precision has no more
 GIB = 2**30
 WIDTH, HEIGHT, SMALL_WIDTH, SMALL_HEIGHT = 960, 380, 470, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 LABEL_HEIGHT = 14
+TICK_WIDTH = 95  # pixels for one label under the horizontal axis
 FLAT = 1e-9  # a range so small beside its values is none
 COLOURS = 8  # that page.css has
+SECOND_COLOUR = 2  # where one run has two curves of a task
 SHAPES = (None, "M-3,-3h6v6h-6z", "M0,-4L4,3H-4z", "M0,-4.4L4.4,0L0,4.4L-4.4,0z")  # None: a circle
-MAIN_FIGURES = ("acc_norm_tokens", "acc_norm", "acc", "word_perplexity", "perplexity", "nats")
+BESIDE = {"hellaswag": "acc_norm_tokens"}
+"""A second figure of a task, drawn where published ones of that kind, of build-nanogpt, llm.c and GPT-3, stand beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,10 @@ class Line:
     error: Series | None = None
     """Standard errors of the same values."""
     scale: float = 1.0
+    part: str = ""
+    """Which of the curves that one run has in this chart, where it has several."""
+    second: bool = False
+    """Dotted: of the task's second figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,7 @@ class Chart:
     baselines: list[Baseline] = field(default_factory=list)
     wide: bool = False
     log: bool = False
-    """Whether a logarithmic axis makes sense: every value is above 0."""
+    """Whether a logarithmic axis makes sense: values are above 0 as a rule; those that are not are left out there."""
 
 
 def charts(histories: Sequence[History]) -> list[Chart]:
@@ -71,6 +80,7 @@ def charts(histories: Sequence[History]) -> list[Chart]:
             kind=kind,
             colour=i % COLOURS if several else colour,
             series=h.series[name],
+            part=what,
         )
         for i, h in enumerate(histories)
         for colour, (name, what, kind) in enumerate(
@@ -140,22 +150,50 @@ def _error(history: History, name: str) -> Series | None:
     return error if of_same_steps else None
 
 
+def headline(task: str, figures: Iterable[str]) -> str | None:
+    """Of a task's figures the one by which it is told; of a task that we do not know the first. None where there is none."""
+    there = [f for f in figures if not f.endswith("_stderr")]
+    usual = HEADLINES.get(task)
+    return usual if usual in there else next(iter(there), None)
+
+
 def _task_charts(histories: Sequence[History]) -> list[Chart]:
-    """One chart a task, of the figure by which it is usually told."""
-    names = dict.fromkeys(name for h in histories for name in h.series if "." in name)
-    figures: dict[str, list[str]] = {}
-    for name in names:
-        task, _, figure = name.partition(".")
-        figures.setdefault(task, []).append(figure)
+    """One chart a task, of the figure by which it is told, and of a second one that others have published."""
+    figures: dict[str, dict[str, None]] = {}
+    for name in (name for h in histories for name in h.series if "." in name):
+        task, _, of_task = name.partition(".")
+        figures.setdefault(task, {})[of_task] = None
     made = []
     for task, there in figures.items():
-        for figure in [f for f in MAIN_FIGURES if f in there][:1]:
-            rows = [h.rows[task] for h in histories if task in h.rows]
-            unit = f"{figure}, {min(rows):,} rows" if rows else figure
-            chart = _one(histories, f"{task}.{figure}", task, unit, "sparse")
-            chart.baselines.extend(task_baselines(histories, task, figure))
-            made.append(chart)
+        if (figure := headline(task, there)) is None:
+            continue
+        rows = [h.rows[task] for h in histories if task in h.rows]
+        counted = f", {min(rows):,} rows" if rows else ""
+        chart = _one(histories, f"{task}.{figure}", task, f"{figure}{counted}", "sparse")
+        chart.baselines.extend(task_baselines(histories, task, figure))
+        second = BESIDE.get(task)
+        if second in there and second != figure and (published := task_baselines(histories, task, second)):
+            other = _one(histories, f"{task}.{second}", task, f"{figure} and {second}{counted}", "sparse")
+            other.baselines.extend(published)
+            chart = _both(chart, other, figure, second, histories)
+        made.append(chart)
     return made
+
+
+def _both(chart: Chart, other: Chart, figure: str, second: str, histories: Sequence[History]) -> Chart:
+    """Two figures of a task in one chart, where every curve and every published figure says which it is."""
+    lines = [_part(line, figure, histories) for line in chart.lines]
+    for line in (_part(line, second, histories) for line in other.lines):
+        lines.append(replace(line, second=True, colour=line.colour if len(histories) > 1 else SECOND_COLOUR))
+    baselines = [replace(b, label=f"{b.label} {figure}") for b in chart.baselines]
+    baselines += [replace(b, label=f"{b.label} {second}") for b in other.baselines]
+    return replace(chart, unit=other.unit, lines=lines, baselines=baselines)
+
+
+def _part(line: Line, figure: str, histories: Sequence[History]) -> Line:
+    """The curve under its figure's name, where a chart has those of two figures."""
+    label = histories[line.run].label
+    return replace(line, part=figure, name=f"{label}: {figure}" if len(histories) > 1 else figure)
 
 
 # --- as data -----------------------------------------------------------------------------------------------------------
@@ -166,10 +204,7 @@ def chart_data(histories: Sequence[History], drawn: Sequence[Chart]) -> dict[str
     n_lines = sum(len(c.lines) for c in drawn)
     buckets = max(LEAST_BUCKETS, POINTS_IN_ALL // max(n_lines * OF_BUCKET, 1))
     return {
-        "runs": [
-            {"label": h.label, "flops_per_token": _finite_or_none(h.part("plan").get("flops_per_token"))}
-            for h in histories
-        ],
+        "runs": [{"label": h.label, "flops_per_token": h.flops_per_token} for h in histories],
         "charts": [
             {
                 "id": c.id,
@@ -189,7 +224,8 @@ def chart_data(histories: Sequence[History], drawn: Sequence[Chart]) -> dict[str
 
 def _line_data(line: Line, buckets: int) -> dict[str, Any]:
     s, kept = line.series, thin(line.series.value, buckets)
-    data: dict[str, Any] = {"run": line.run, "name": line.name, "kind": line.kind, "colour": line.colour}
+    names = ("run", "name", "kind", "colour", "part", "second")
+    data: dict[str, Any] = {name: getattr(line, name) for name in names}
     data |= {k: _rounded(getattr(s, k)[kept]) for k in ("step", "tokens", "time_s")}
     data["y"] = _rounded(s.value[kept] * line.scale)
     if line.error is not None:
@@ -203,13 +239,13 @@ def _line_data(line: Line, buckets: int) -> dict[str, Any]:
 def _rounded(values: np.typing.NDArray[np.float64]) -> list[float | int | None]:
     """Whole numbers as such, others to seven digits, None where not finite."""
     return [
-        None if not math.isfinite(v) else int(v) if v == int(v) else float(f"{v:.{DIGITS}g}")
+        None
+        if not math.isfinite(v)
+        else int(v)
+        if abs(v) < WHOLE and v == int(v)
+        else float(f"{v:.{DIGITS}g}")
         for v in values.tolist()
     ]
-
-
-def _finite_or_none(value: object) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # --- as SVG ------------------------------------------------------------------------------------------------------------
@@ -218,12 +254,17 @@ def _finite_or_none(value: object) -> float | None:
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round numbers from `low` to `high`, steps of 1, 2 or 5 times a power of ten: ticks(0, 60) = [0, 10, …, 60]."""
     span = high - low
-    if not span > FLAT * max(abs(low), abs(high)):
+    if _flat(low, high):
         return [low]
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= about)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(first, last + 1)]
+
+
+def _flat(low: float, high: float) -> bool:
+    """Whether two numbers differ by nothing but rounding, or by too little to be divided."""
+    return not high - low > max(FLAT * max(abs(low), abs(high)), SMALLEST)
 
 
 def exponent(value: float) -> str:
@@ -260,8 +301,8 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
     lines = data["lines"]
     values = [v for line in lines for v in line["y"] if v is not None] + [b.value for b in chart.baselines]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    flat = high - low <= FLAT * max(abs(low), abs(high))  # but for rounding
-    pad = (abs(high) * 0.05 or 1.0) if flat else (high - low) * 0.05
+    # As in page.js.
+    pad = (abs(high) * 0.05 if abs(high) > SMALLEST else 1.0) if _flat(low, high) else (high - low) * 0.05
     low, high = low - pad, high + pad
     end = max((v for line in lines for v in line["step"]), default=1) or 1
 
@@ -275,7 +316,10 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(_aria(chart))}">',
         f'<text class="tick" x="{(LEFT + width - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">steps</text>',
         *(_grid_y(y_of(t), width, text) for t, text in _labelled(ticks(low, high, 6))),
-        *(_label_x(x_of(t), height, text) for t, text in _labelled(ticks(0, end, 8 if chart.wide else 5))),
+        *(
+            _label_x(x_of(t), height, text)
+            for t, text in _labelled(ticks(0, end, max(2, width // TICK_WIDTH)))
+        ),
     ]
     for line in lines:
         points = [
@@ -343,7 +387,8 @@ def _path(points: Sequence[tuple[float, float] | None], line: dict[str, Any]) ->
             words.append(f"{pen}{p[0]:.1f},{p[1]:.1f}")
             pen = "L"
     style = f'style="stroke:var(--c{line["colour"]})"'
-    drawn = f'<path class="line {line["kind"]}" {style} d="{"".join(words)}"/>'
+    dotted = " second" if line["second"] else ""
+    drawn = f'<path class="line {line["kind"]}{dotted}" {style} d="{"".join(words)}"/>'
     if line["kind"] == "sparse":
         dots = "".join(marker(line["run"], *p) for p in points if p)
         drawn += f'<g style="fill:var(--c{line["colour"]})">{dots}</g>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regpt.errors import CheckpointError, UsageError
-from regpt.train.run import RunDirectory
+from regpt.evals.names import NOT_FIGURES
+from regpt.train.run import RunDirectory, parse_line
 
 Numbers = NDArray[np.float64]
 OF_STEP = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
-NO_FIGURES = ("rows", "seconds", "cut")  # what a task says beside its figures
 PLACED = ("tasks", "eval", "step")  # a step's own line counts last
 OF_EVAL = ("val_loss", "val_bits_per_byte")
+# Outside of these a number is none, or 0: what is added up, scaled and divided into ticks stays a float of full precision.
+LARGEST, SMALLEST = 1e300, 1e-290
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class History:
     """Of everything, over all sittings."""
     rows: dict[str, int]
     """Of each task, how many were scored last."""
+    logged_total_steps: int | None
+    """How many steps the run was to have when its last step was logged: with train.minutes that moves."""
     damaged_lines: int
     """Lines of log.jsonl that could not be read."""
 
@@ -66,6 +69,19 @@ class History:
         """A part of run.json (config, plan, machine …), empty where it has none."""
         part = self.record.get(name)
         return part if isinstance(part, dict) else {}
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps the run has when it is finished, as far as it says."""
+        planned = self.part("plan").get("steps")
+        return self.logged_total_steps or (planned if type(planned) is int else None)
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """As the model counts them; None where the record does not say, or says what cannot be."""
+        each = finite(self.part("plan").get("flops_per_token"))
+        tokens = max((float(np.abs(s.tokens).max()) for s in self.series.values()), default=0.0)
+        return each if each is not None and abs(each) * tokens < LARGEST else None
 
     @property
     def last_step(self) -> int:
@@ -130,6 +146,7 @@ def _read(path: Path, label: str, may_be_empty: bool) -> History:
         (e["step"], e["text"]) for e in entries if e.get("event") == "note" and isinstance(e.get("text"), str)
     ]
     elapsed = [_number(e.get("elapsed_s")) for e in entries if e.get("event") in PLACED]
+    totals = [n for e in entries if e.get("event") == "step" and type(n := e.get("total_steps")) is int]
     return History(
         path=path,
         label=label,
@@ -139,6 +156,7 @@ def _read(path: Path, label: str, may_be_empty: bool) -> History:
         notes=notes,
         elapsed_s=max((e for e in elapsed if math.isfinite(e)), default=None),
         rows=_rows(entries),
+        logged_total_steps=totals[-1] if totals else None,
         damaged_lines=damaged,
     )
 
@@ -150,25 +168,21 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}.") from None
     whole = raw[: raw.rfind(b"\n") + 1].splitlines()
-    entries: list[dict[str, Any]] = []
-    for line in whole:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] < 2**53:
-            entries.append(entry)
+    entries = [entry for line in whole if (entry := parse_line(line)) is not None]
     return entries, len(whole) - len(entries)
 
 
 def _number(value: object) -> float:
-    """A JSON number as a float; NaN for whatever else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A JSON number as a float; NaN for whatever else, and for what is too large to be drawn."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
+    return 0.0 if abs(value) < SMALLEST else float(value)
+
+
+def finite(value: object) -> float | None:
+    """A number of a record, where it is one that can be reckoned with."""
+    number = _number(value)
+    return number if math.isfinite(number) else None
 
 
 def _series(entries: Iterable[dict[str, Any]]) -> dict[str, Series]:
@@ -204,7 +218,7 @@ def _series(entries: Iterable[dict[str, Any]]) -> dict[str, Series]:
         for task, of_task in entry.items()
         if isinstance(of_task, dict)
         for figure in of_task
-        if figure not in NO_FIGURES
+        if figure not in NOT_FIGURES
     }
     for task, figure in figures:
         lines = [e for e in scored if isinstance(e.get(task), dict) and figure in e[task]]

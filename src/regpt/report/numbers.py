@@ -10,13 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from regpt.report.history import History
+from regpt.config import flat
+from regpt.report.history import History, finite
 
-# Settings that do not change what is learned, so that runs which differ only here are one group.
 NEUTRAL = (
-    *("track.", "save.", "sample.", "eval.micro_rows", "data.dir", "data.workers", "data.verify"),
-    *("data.keep_downloads", "train.threads"),
+    *("track.", "save.", "sample.", "eval."),
+    # Where and how it is reckoned, which alters the rounding. Of the arithmetic the plan says what was taken.
+    *("train.device", "train.micro_rows", "train.threads", "train.dtype", "train.compile", "train.reduction"),
+    *("train.strategy", "train.shard_group", "train.checkpoint_activations"),
+    # Where the text lies and how it is prepared; what it is says its fingerprint.
+    *("data.dir", "data.workers", "data.verify", "data.keep_downloads", "tokenizer.files"),
 )
+"""Settings, or beginnings of their names, that do not change what is learned: runs that differ only here, or in the seed,
+are one group. `FIXED` of train/session.py is another list: what a run may not change on its way. A learning rate is in
+neither: a run may go on with another one, and learns otherwise."""
 NUMBERS = {  # the name in --json: what a person reads
     "val_loss": "validation loss",
     "best_val_loss": "best validation loss",
@@ -42,14 +49,14 @@ def summary(history: History, price: float | None = None) -> dict[str, Any]:
     """
     plan, series = history.part("plan"), history.series
     preset = history.part("preset")
+    total = history.total_steps
     longest = max(series.values(), key=lambda s: s.step[-1], default=None)
     val = series.get("val_loss")
     best = None
     if val is not None and np.isfinite(val.value).any():
         best = int(np.nanargmin(val.value))
     tokens = float(longest.tokens[-1]) if longest else 0.0
-    per_token = plan.get("flops_per_token")
-    total = plan.get("steps")
+    per_token = history.flops_per_token
     return {
         "run": str(history.path),
         "label": history.label,
@@ -57,10 +64,10 @@ def summary(history: History, price: float | None = None) -> dict[str, Any]:
         "seed": history.part("config").get("seed"),
         "step": history.last_step,
         "total_steps": total,
-        "finished": isinstance(total, int) and history.last_step >= total,
+        "finished": total is not None and history.last_step >= total,
         "tokens": round(tokens),
-        "flops": tokens * per_token if isinstance(per_token, int | float) else None,
-        "parameters": plan.get("parameters"),
+        "flops": tokens * per_token if per_token is not None else None,
+        "parameters": plan.get("parameters") if finite(plan.get("parameters")) is not None else None,
         "train_loss": _last(history, "loss"),
         "val_loss": _last(history, "val_loss"),
         "val_bits_per_byte": _last(history, "val_bits_per_byte"),
@@ -71,7 +78,7 @@ def summary(history: History, price: float | None = None) -> dict[str, Any]:
         "memory_bytes": _highest(history, "memory_bytes"),
         "time_s": float(longest.time_s[-1]) if longest else None,
         "elapsed_s": history.elapsed_s,
-        "cost": price * history.elapsed_s / 3600 if price is not None and history.elapsed_s else None,
+        "cost": finite(price * history.elapsed_s / 3600) if price is not None and history.elapsed_s else None,
         "tasks": tasks(history),
         "damaged_lines": history.damaged_lines,
     }
@@ -101,17 +108,18 @@ def _highest(history: History, name: str) -> float | None:
 
 def flat_settings(history: History) -> dict[str, Any]:
     """Every setting of the run under its dotted name; a later version of regpt may have others than this one."""
-    found: dict[str, Any] = {}
+    return flat(history.part("config"))
 
-    def walk(part: dict[str, Any], prefix: str) -> None:
-        for name, value in part.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-            else:
-                found[prefix + name] = value
 
-    walk(history.part("config"), "")
-    return found
+def flat_figures(s: dict[str, Any]) -> dict[str, Any]:
+    """All figures of a summary under one name each: {"val_loss": 3.1, "hellaswag.acc_norm": 0.2945, …}; None: it has none."""
+    of_tasks = {
+        f"{task}.{figure}": value
+        for task, scores in s["tasks"].items()
+        for figure, value in scores.items()
+        if not figure.endswith("_stderr")  # of one run's rows: not a figure that seeds scatter
+    }
+    return {name: s[name] for name in NUMBERS} | of_tasks
 
 
 def differing(histories: Sequence[History]) -> dict[str, list[Any]]:
@@ -126,37 +134,37 @@ def groups(histories: Sequence[History], price: float | None = None) -> list[dic
     """Runs that differ in nothing but the seed, each group with its figures as mean and spread.
 
     Returns:
-        For each group: its runs' labels and seeds, `n` finished ones that are counted, and
-        {figure: {"mean", "spread"}}, where spread is the sample standard deviation (n - 1), None for one run.
+        For each group: its runs' labels and seeds; `n`, the runs that are counted: the finished ones, of one seed the last;
+        how many are `unfinished` and how many `repeated`; {figure: {"mean", "spread"}}, empty where n is 0. The spread is
+        the sample standard deviation (n - 1), None for one run.
     """
     by_settings: dict[str, list[History]] = {}
     for history in histories:
         settings = flat_settings(history)
         kept = {k: v for k, v in settings.items() if k != "seed" and not k.startswith(NEUTRAL)}
-        facts = history.part("facts")
-        kept["data"] = facts.get("data_fingerprint")
+        kept["data"] = history.part("facts").get("data_fingerprint")
+        kept["dtype"] = history.part("plan").get("dtype") or settings.get("train.dtype")
         by_settings.setdefault(json.dumps(kept, sort_keys=True), []).append(history)
     return [_group(members, price) for members in by_settings.values()]
 
 
 def _group(members: Sequence[History], price: float | None) -> dict[str, Any]:
     of_all = [summary(h, price) for h in members]
-    counted = [s for s in of_all if s["finished"]] or of_all  # one that is on its way has no final figure
-    figures = {name: _mean_and_spread([s[name] for s in counted]) for name in NUMBERS}
-    scores: dict[str, list[Any]] = {}
-    for s in counted:
-        for task, of_task in s["tasks"].items():
-            for figure, value in of_task.items():
-                if figure.endswith("stderr"):  # of one run's rows: not a figure that seeds scatter
-                    continue
-                scores.setdefault(f"{task}.{figure}", []).append(value)
-    figures |= {name: _mean_and_spread(v) for name, v in scores.items() if len(v) == len(counted)}
+    # One that is on its way has no final figure, and a seed that is run again gives the same one once more.
+    finished = [(h, s) for h, s in zip(members, of_all, strict=True) if s["finished"]]
+    of_seeds = {repr(s["seed"]): (h, s) for h, s in finished}
+    counted = list(of_seeds.values())
+    figures = [flat_figures(s) for _, s in counted]
+    shared = [name for name in figures[0] if all(name in of for of in figures)] if figures else []
+    alike = [name for name in shared if len({h.rows.get(name.partition(".")[0]) for h, _ in counted}) == 1]
+    spreads = {name: _mean_and_spread([of[name] for of in figures]) for name in alike}
     return {
         "runs": [h.label for h in members],
         "seeds": [s["seed"] for s in of_all],
         "n": len(counted),
-        "unfinished": sum(not s["finished"] for s in of_all),
-        "figures": {k: v for k, v in figures.items() if v is not None},
+        "unfinished": len(members) - len(finished),
+        "repeated": len(finished) - len(counted),
+        "figures": {k: v for k, v in spreads.items() if v is not None},
     }
 
 

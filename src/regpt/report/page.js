@@ -1,17 +1,21 @@
 // The report's script: draws the charts at the window's width, over the axis that is asked for, smoothed on demand.
 "use strict";
 (() => {
-  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, LABEL_HEIGHT = 14, FLAT = 1e-9, AXES = ["step", "tokens", "time_s", "flops"];
+  const LEFT = 58, RIGHT = 14, TOP = 12, BOTTOM = 44, LABEL_HEIGHT = 14, TICK_WIDTH = 95, AXES = ["step", "tokens", "time_s", "flops"];
   const SVG = "http://www.w3.org/2000/svg";
   const byId = (id) => document.getElementById(id);
   let data = JSON.parse(byId("data").textContent);
   const state = { axis: "step", smooth: 0, log: false, outliers: false, hidden: new Set(), zoom: null };
 
-  // --- numbers -------------------------------------------------------------------------------------------------------
+  // --- numbers; as in charts.py -------------------------------------------------------------------------------------------------------
+
+  // Whether two numbers differ by nothing but rounding, or by too little to be divided.
+  const FLAT = 1e-9, SMALLEST = 1e-290;
+  const flat = (low, high) => !(high - low > Math.max(FLAT * Math.max(Math.abs(low), Math.abs(high)), SMALLEST));
 
   function ticks(low, high, about) {
     const span = high - low;
-    if (!(span > FLAT * Math.max(Math.abs(low), Math.abs(high)))) return [low];
+    if (flat(low, high)) return [low];
     const power = 10 ** Math.floor(Math.log10(span / about));
     const step = [1, 2, 5, 10].map((m) => m * power).find((s) => span / s <= about);
     const found = [];
@@ -67,11 +71,13 @@
   }
 
   // An exponential moving average whose half-life is counted in steps, so it does not depend on how often was logged.
+  // Each point weighs as much as the steps since the one before it; the first as if there had been one before it too.
   function smoothed(points, halfLife) {
-    let sum = 0, weight = 0, before = null;
+    const known = points.step.filter((_, i) => points.y[i] !== null);
+    let sum = 0, weight = 0, before = known.length > 1 ? 2 * known[0] - known[1] : known[0] - 1;
     return points.y.map((y, i) => {
       if (y === null) return null;
-      const keep = before === null ? 0.5 : 0.5 ** ((points.step[i] - before) / halfLife);
+      const keep = 0.5 ** ((points.step[i] - before) / halfLife);
       before = points.step[i];
       sum = keep * sum + (1 - keep) * y;
       weight = keep * weight + (1 - keep);
@@ -97,7 +103,7 @@
   }
 
   const visible = (chart) => chart.lines.filter(
-    (l) => !state.hidden.has(`run:${l.run}`) && !state.hidden.has(`line:${chart.id}:${l.kind}`)
+    (l) => !state.hidden.has(`run:${l.run}`) && !state.hidden.has(`line:${chart.id}:${l.part}`)
       && (state.axis !== "flops" || data.runs[l.run].flops_per_token !== null));
 
   function curves(chart) {
@@ -127,7 +133,8 @@
     return [low, high];
   }
 
-  // The highest value but for the top twentieth of a curve of many points: its beginning and its spikes, as a rule.
+  // The highest value but for the top twentieth of the points that a curve is drawn through, where they are many: its
+  // beginning and its spikes, as a rule. Of a curve that was thinned they are its extremes, more than a twentieth of the log.
   const MANY = 200, LEFT_OUT = 0.05;
   function ordinaryTop(drawn, keep) {
     let top = -Infinity;
@@ -160,8 +167,7 @@
     if (low > high) [low, high] = log ? [0.1, 1] : [0, 1];
     const f = log ? Math.log : (v) => v;
     let a = f(low), b = f(high);
-    const flat = b - a <= FLAT * Math.max(Math.abs(a), Math.abs(b)); // but for rounding
-    const pad = flat ? Math.abs(b) * 0.05 || 1 : (b - a) * 0.05;
+    const pad = flat(a, b) ? (Math.abs(b) > SMALLEST ? Math.abs(b) * 0.05 : 1) : (b - a) * 0.05;
     a -= pad; b += pad;
     const plotWidth = width - LEFT - RIGHT, plotHeight = height - TOP - BOTTOM;
     return {
@@ -201,7 +207,7 @@
       svg.append(node("text", { class: "tick", x: LEFT - 8, y: s.y(t) + 4, "text-anchor": "end" }, saidY[i]));
     });
     const [by, unit] = axisUnit(s.end);
-    const atX = ticks(s.from / by, s.to / by, Math.max(2, Math.floor(width / 95)));
+    const atX = ticks(s.from / by, s.to / by, Math.max(2, Math.floor(width / TICK_WIDTH)));
     const saidX = state.axis === "flops" ? atX.map(exponent) : labels(atX);
     atX.forEach((t, i) =>
       svg.append(node("text", { class: "tick", x: s.x(t * by), y: height - 25, "text-anchor": "middle" }, saidX[i])));
@@ -210,7 +216,8 @@
     const faded = data.runs.length > 1 && chart.lines.some((l) => l.kind === "sparse");
     for (const curve of drawn) {
       const colour = `var(--c${curve.line.colour})`, soft = faded && curve.style === "noisy" ? " faded" : "";
-      inside.append(node("path", { class: `line ${curve.style}${soft}`, style: `stroke:${colour}`, d: pathOf(curve, s) }));
+      const dotted = curve.line.second ? " second" : "";
+      inside.append(node("path", { class: `line ${curve.style}${soft}${dotted}`, style: `stroke:${colour}`, d: pathOf(curve, s) }));
       if (curve.style !== "sparse" || curve.x.length > 150) continue;
       for (let i = 0; i < curve.x.length; i++)
         if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to) {
@@ -362,6 +369,10 @@
   if (!live) return;
   const EVERY_MS = 2000;
   let tag = "";
+  function lost(why) {
+    live.className = "lost";
+    live.textContent = why;
+  }
   async function refresh() {
     const began = performance.now();
     try {
@@ -379,12 +390,11 @@
           if (id === "charts") begin();
         }
         drawAll();
-      } else if (answer.status !== 304) throw new Error(String(answer.status));
-      live.className = "";
-      live.textContent = "live";
+      }
+      if (answer.ok || answer.status === 304) { live.className = ""; live.textContent = "live"; }
+      else lost((await answer.text()).trim() || `the answer was ${answer.status}`); // why there is nothing new now
     } catch {
-      live.className = "lost";
-      live.textContent = "regpt report --watch has ended: this is what it showed last";
+      lost("regpt report --watch has ended: this is what it showed last");
     }
     setTimeout(refresh, Math.max(EVERY_MS, 10 * (performance.now() - began))); // a tenth of the time at most
   }

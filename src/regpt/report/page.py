@@ -8,20 +8,30 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from regpt.durations import duration
 from regpt.report.charts import (
     COLOURS,
     GIB,
-    MAIN_FIGURES,
     Chart,
     chart_data,
     charts,
     exponent,
+    headline,
     marker,
     said,
     svg,
 )
-from regpt.report.history import History
-from regpt.report.numbers import NUMBERS, cautions, differing, flat_settings, groups, report_values, summary
+from regpt.report.history import History, finite
+from regpt.report.numbers import (
+    NUMBERS,
+    cautions,
+    differing,
+    flat_figures,
+    flat_settings,
+    groups,
+    report_values,
+    summary,
+)
 
 MARK = "<!-- written by regpt report -->"
 """In the second line of every page of ours, so that no other file is overwritten."""
@@ -121,10 +131,10 @@ def _headline(history: History, price: float | None) -> str:
     about = f"{preset}{_count(s['parameters'])} parameters on {source}: {done}, step {s['step']:,}" + (
         f" of {total:,}" if isinstance(total, int) else ""
     )
-    epochs = plan.get("epochs")
+    epochs, planned = finite(plan.get("epochs")), finite(plan.get("steps"))
     passes = ""
-    if isinstance(epochs, int | float) and total and s["step"]:
-        passes = f", {epochs * s['step'] / total:.3g} passes over the text"
+    if epochs is not None and planned and s["step"]:
+        passes = f", {epochs * (s['step'] / planned):.3g} passes over the text"
     tiles = [
         ("validation loss", _figure(s["val_loss"]), _best(s)),
         ("bits per byte", _figure(s["val_bits_per_byte"]), "validation, any tokenizer"),
@@ -138,8 +148,8 @@ def _headline(history: History, price: float | None) -> str:
         ("cost", f"{s['cost']:,.2f}", f"at {price:g} an hour") if s["cost"] is not None else None,
     ]
     for task, scores in s["tasks"].items():
-        figure = next((f for f in MAIN_FIGURES if f in scores), next(iter(scores)))
-        tiles.append((task, _figure(scores[figure]), figure))
+        if (figure := headline(task, scores)) is not None:
+            tiles.append((task, _figure(scores[figure]), figure))
     made = [
         f'<div class="tile{" first" if i == 0 else ""}"><span>{_text(t[0])}</span><b>{_text(t[1])}</b>'
         f"<span>{_text(t[2])}</span></div>"
@@ -161,18 +171,19 @@ def _best(s: dict[str, Any]) -> str:
 def _compared(histories: Sequence[History], price: float | None) -> str:
     """The head of a comparison: one row a group of runs that differ only in the seed."""
     of_groups = groups(histories, price)
-    names = [n for n in NUMBERS if any(n in g["figures"] for g in of_groups)]
-    names += [n for n in dict.fromkeys(n for g in of_groups for n in g["figures"]) if n not in NUMBERS]
+    by_label = {h.label: h for h in histories}
+    columns = [_column(g, by_label[g["runs"][0]], price) for g in of_groups]
+    names = [n for n in NUMBERS if any(n in c for c in columns)]
+    names += [n for n in dict.fromkeys(n for c in columns for n in c) if n not in NUMBERS]
     seeds = any(len(g["runs"]) > 1 for g in of_groups)
     head = "".join(f"<th>{_text(', '.join(g['runs']))}{_seeds(g)}</th>" for g in of_groups)
     rows = []
     for name in names:
-        figures = [g["figures"].get(name) for g in of_groups]
-        cells = "".join(f'<td class="n">{_text(_spread(name, f))}</td>' for f in figures)
+        cells = "".join(f'<td class="n">{_text(_spread(name, c.get(name)))}</td>' for c in columns)
         rows.append(f"<tr><th>{_text(NUMBERS.get(name, name.replace('.', ' ')))}</th>{cells}</tr>")
     explained = (
         "<p class='soft'>Runs that differ only in the seed stand together: mean ± sample standard deviation over "
-        "the n finished ones.</p>"
+        "the n finished ones, of one seed the last.</p>"
         if seeds
         else ""
     )
@@ -182,11 +193,26 @@ def _compared(histories: Sequence[History], price: float | None) -> str:
     )
 
 
+def _column(group: dict[str, Any], first: History, price: float | None) -> dict[str, dict[str, float | None]]:
+    """What stands under a group: means; of a run that is alone and on its way, how far it has come."""
+    if group["n"] or len(group["runs"]) > 1:
+        found: dict[str, dict[str, float | None]] = group["figures"]
+        return found
+    so_far = flat_figures(summary(first, price))
+    return {name: {"mean": value, "spread": None} for name, value in so_far.items() if value is not None}
+
+
 def _seeds(group: dict[str, Any]) -> str:
     if len(group["runs"]) == 1:
-        return '<div class="unit">not finished</div>' if group["unfinished"] else ""
-    left_out = len(group["runs"]) - group["n"]
-    of = f" of {len(group['runs'])}; {left_out} not finished" if left_out else ""
+        return '<div class="unit">not finished: so far</div>' if group["unfinished"] else ""
+    if not group["n"]:
+        return f'<div class="unit">none of {len(group["runs"])} is finished, so there is no mean</div>'
+    left_out = [
+        f"{group[name]} {why}"
+        for name, why in (("unfinished", "not finished"), ("repeated", "of a seed that is there again"))
+        if group[name]
+    ]
+    of = f" of {len(group['runs'])}; {', '.join(left_out)}" if left_out else ""
     return f'<div class="unit">n = {group["n"]}{of}, seeds {_text(", ".join(map(str, group["seeds"])))}</div>'
 
 
@@ -206,7 +232,7 @@ def _spread(name: str, figure: dict[str, Any] | None) -> str:
             return f"{value:,.0f}" if abs(value) < 1e6 else said(value)
         return f"{value:.2%}" if name == "mfu" else f"{value:,.2f}" if name == "cost" else f"{value:.4f}"
 
-    return text(mean) + (f" ± {text(spread)}" if spread else "")
+    return text(mean) + (f" ± {text(spread)}" if spread is not None else "")
 
 
 # --- charts ------------------------------------------------------------------------------------------------------------
@@ -244,10 +270,12 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
             training, validation = (7, 7) if several else (0, 1)
             own = (
                 '<div class="legend" role="group" aria-label="curves">'
-                + _key("line:loss:noisy", "training", training, "thin")
-                + _key("line:loss:sparse", "validation, the whole split", validation, "dots")
+                + _key("line:loss:training", "training", training, "thin")
+                + _key("line:loss:validation", "validation, the whole split", validation, "dots")
                 + "</div>"
             )
+        elif any(line.second for line in chart.lines):
+            own = _figures_legend(chart)
         unit = f' <span class="unit">{_text(chart.unit)}</span>' if chart.unit else ""
         sources = "".join(f"<p>{_text(f'{b.label}: {b.source}')}</p>" for b in chart.baselines)
         note = f"<details><summary>The dashed lines</summary>{sources}</details>" if sources else ""
@@ -260,12 +288,29 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
     return f'{legend}<div class="charts">{"".join(figures)}</div>{hint}'
 
 
+def _figures_legend(chart: Chart) -> str:
+    """Which curve is which, in a chart of two figures of a task."""
+    several = len({line.run for line in chart.lines}) > 1
+    parts = {line.part: line for line in chart.lines}
+    keys = "".join(
+        _key(
+            f"line:{chart.id}:{part}",
+            part,
+            7 if several else line.colour,
+            "dotted" if line.second else "dots",
+        )
+        for part, line in parts.items()
+    )
+    return f'<div class="legend" role="group" aria-label="curves">{keys}</div>'
+
+
 def _key(toggle: str, name: str, colour: int, style: str, run: int = 0) -> str:
-    width = {"thin": 1.4, "dots": 2.2}[style]
-    dots = f'<g style="fill:var(--c{colour})">{marker(run, 12, 5)}</g>' if style == "dots" else ""
+    width = {"thin": 1.4, "dots": 2.2, "dotted": 2.2}[style]
+    dots = f'<g style="fill:var(--c{colour})">{marker(run, 12, 5)}</g>' if style != "thin" else ""
+    dotted = ' class="second"' if style == "dotted" else ""
     return (
-        f'<button type="button" data-toggle="{toggle}" aria-pressed="true"><svg viewBox="0 0 24 10" aria-hidden="true">'
-        f'<line x1="1" x2="23" y1="5" y2="5" style="stroke:var(--c{colour})" stroke-width="{width}"/>{dots}</svg>'
+        f'<button type="button" data-toggle="{_text(toggle)}" aria-pressed="true"><svg viewBox="0 0 24 10" aria-hidden="true">'
+        f'<line{dotted} x1="1" x2="23" y1="5" y2="5" style="stroke:var(--c{colour})" stroke-width="{width}"/>{dots}</svg>'
         f"{_text(name)}</button>"
     )
 
@@ -344,7 +389,7 @@ def _fact_rows(history: History, settings: dict[str, Any]) -> dict[str, list[tup
     facts, sittings = history.part("facts"), history.record.get("sittings")
     of_splits = facts.get("tokens")
     splits = of_splits if isinstance(of_splits, dict) else {}
-    memory = machine.get("memory_bytes")
+    memory = finite(machine.get("memory_bytes"))
     found: dict[str, list[tuple[str, object]]] = {
         "Model": [
             ("kind", settings.get("model.arch")),
@@ -376,7 +421,7 @@ def _fact_rows(history: History, settings: dict[str, Any]) -> dict[str, list[tup
         "Machine and versions": [
             ("device", machine.get("name")),
             ("ranks", plan.get("world")),
-            ("memory", f"{memory / GIB:.1f} GiB" if isinstance(memory, int | float) else None),
+            ("memory", f"{memory / GIB:.1f} GiB" if memory is not None else None),
             ("threads", machine.get("threads")),
             *((name, versions.get(name)) for name in ("regpt", "commit", "torch", "python", "platform")),
         ],
@@ -413,11 +458,13 @@ def _figure(value: float | None) -> str:
 
 
 def _count(value: object) -> str:
-    return said(float(f"{value:.3g}")) if isinstance(value, int | float) else DASH
+    number = finite(value)
+    return said(float(f"{number:.3g}")) if number is not None else DASH
 
 
 def _whole(value: object) -> str | None:
-    return f"{value:,.0f}" if isinstance(value, int | float) else None
+    number = finite(value)
+    return f"{number:,.0f}" if number is not None else None
 
 
 def _plain(value: object) -> str:
@@ -430,16 +477,7 @@ def _plain(value: object) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return DASH
-    s = round(seconds)
-    if s < 60:
-        return f"{seconds:.1f} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60:02d} min"
-    return f"{s // 86400} d {s % 86400 // 3600} h"
+    return DASH if seconds is None else duration(seconds)
 
 
 __all__ = ["MARK", "page", "report_values", "update"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ from regpt.report.page import SERVED, page, update
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 WATCHED = ("run.json", "log.jsonl", "samples.jsonl")
+IDLE_S = 30  # a connection that says nothing for so long is closed: each holds a thread
 
 
 class Server(ThreadingHTTPServer):
@@ -66,6 +68,11 @@ class Server(ThreadingHTTPServer):
                 made = self._made[name] = tag, make().encode()
         return made
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that was closed before its answer came is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def _tag(self) -> str:
         """Of the files' sizes and times: what they are when none of them has changed."""
         seen = []
@@ -81,6 +88,7 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Server
     server_version, sys_version = "regpt", ""
+    timeout = IDLE_S
 
     def do_GET(self) -> None:
         names = {f"{name}:{self.server.server_port}" for name in NAMES}

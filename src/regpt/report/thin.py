@@ -1,7 +1,9 @@
 """Fewer points that draw the same picture: of each bucket the first, the last, the lowest and the highest.
 
-This is M4 of Jugel, Jerzak, Hackenbroich and Markl, "M4: A Visualization-Oriented Time Series Data Aggregation",
-VLDB 7(10), 2014: with one bucket for each column of pixels, the line that is drawn is the line through every point.
+After M4 of Jugel, Jerzak, Hackenbroich and Markl, "M4: A Visualization-Oriented Time Series Data Aggregation", VLDB 7(10),
+2014. Its buckets are equally wide in x; with one for each column of pixels the line that is drawn is, to the pixel, the line
+through every point. Here they hold equally many points, so that one choice serves every axis. Over steps, which are logged
+at equal distances, that is the same; over another axis no extreme is lost, but a line may run differently inside a column.
 """
 
 from __future__ import annotations

@@ -10,18 +10,19 @@ from regpt.report.history import History
 from regpt.report.page import MARK, page
 from regpt.train.durable import replace_file
 
-NAME = "report.html"
+NAME, OF_SEVERAL = "report.html", "comparison.html"
 
 
 def report_place(runs: Sequence[Path], out: Path | None) -> Path:
-    """Where the report goes: in the run; of several, here.
+    """Where the report goes: in the run; of several, here, under a name that no run's own report has.
 
     Raises:
         UsageError: something else than a report is there, or no folder to write in.
     """
-    place = out or (runs[0] / NAME if len(runs) == 1 else Path(NAME))
+    name = NAME if len(runs) == 1 else OF_SEVERAL
+    place = out or (runs[0] / name if len(runs) == 1 else Path(name))
     if out is not None and out.is_dir():
-        place = out / NAME
+        place = out / name
     if not place.parent.is_dir():
         raise UsageError(
             f"there is no folder {place.parent} to write {place.name} in.", hint="--out FILE elsewhere"

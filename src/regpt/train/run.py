@@ -27,6 +27,7 @@ from regpt.errors import CheckpointError
 from regpt.train.durable import SEAL, lock_file, make_folder, replace_file, sealed, sync_folder, unsealed
 
 FORMAT = 1
+MOST_STEPS = 2**53  # up to here a float holds every whole number
 OURS = {  # every name that may stand in a run before run.json does
     *(".lock", "run.json", ".run.json.tmp", "log.jsonl", "samples.jsonl", "tokenizer", "checkpoints"),
     *("tensorboard", "wandb", "wandb-id.txt", "report.html"),
@@ -252,10 +253,18 @@ class JsonLines:
     def _parsed(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
-                if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                    yield line, entry
+            if line.endswith(b"\n") and (entry := parse_line(line)) is not None:
+                yield line, entry
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A whole line of a log: an object with its step. None where it is torn or not ours."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ours = isinstance(entry, dict) and type(entry.get("step")) is int and 0 <= entry["step"] < MOST_STEPS
+    return entry if ours else None
 
 
 def _commit() -> str | None:
