@@ -23,7 +23,6 @@ from regpt.tokenizers.gpt2 import open_gpt2
 
 pytest.importorskip("lm_eval")
 hf = pytest.importorskip("transformers")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before lm-eval reads it: nothing here asks the hub
 
 from regpt.adapters import lm_eval as bridge  # noqa: E402
 

@@ -165,7 +165,7 @@ def test_two_processes_give_the_figures_of_one(run: Path, capfd: pytest.CaptureF
         (["--split", "text.txt:nonsense"], "DataError: --split text.txt:nonsense: a text file has no splits.\n"
                                            "  got: nonsense\n  try: --split text.txt: all of it"),
         (["--tasks", "lambada", "--data", "nix"], "DataError: there is no file or folder nix with the rows of lambada."),
-        (["--tasks", "lambada", "--data", "hellaswag.jsonl"], "DataError: hellaswag.jsonl, row 0 has no field 'text'."),
+        (["--tasks", "lambada", "--data", "hellaswag.jsonl"], "DataError: hellaswag.jsonl, line 1 has no field 'text'."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_said_first(
@@ -227,7 +227,7 @@ def test_characters_that_the_model_has_never_seen(
     assert main(["eval", "run", "--tasks", "loss,hellaswag", "--data", "."]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(
-        "DataError: hellaswag, row 0: the model's tokenizer cannot write this text: the character 'O' (U+004F)"
+        "DataError: hellaswag, row 1: the model's tokenizer cannot write this text: the character 'O' (U+004F)"
     )
     assert "try: a model whose tokenizer knows every byte: gpt2, bpe or bytes" in shown.err and not shown.out
 
@@ -243,7 +243,7 @@ def test_a_choice_that_does_not_fit_is_told_before_the_loss_is_computed(
     capsys.readouterr()
     assert main(["eval", "run", "--tasks", "loss,hellaswag", "--data", "."]) == 2
     assert capsys.readouterr().err.startswith(
-        "DataError: hellaswag, row 1: the continuation of request 1 is longer than the model's context.\n"
+        "DataError: hellaswag, row 2: continuation 2 is longer than the model's context.\n"
         "  got: 40 tokens\n  expected: at most 32"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from regpt.tokenizers.bytes import ByteTokenizer
 from regpt.train.checkpoint import save_checkpoint
 from regpt.train.named import model_tensors
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before lm-eval reads it: nothing here asks the hub
 TASK = """
 task: animals
 dataset_path: json

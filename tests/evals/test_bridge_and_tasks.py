@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from regpt.models.gpt2 import GPT2
 from regpt.tokenizers import Tokenizer
 
 pytest.importorskip("lm_eval")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before lm-eval reads it: nothing here asks the hub
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = 20
 NAMES = {

@@ -194,19 +194,19 @@ def test_nothing_to_score_is_no_work() -> None:
     [
         (
             Request((), (1,)),
-            "request 1 has an empty context.\n  expected: at least one token; end-of-text stands",
+            "request 2 has an empty context.\n  expected: at least one token; end-of-text stands",
         ),
-        (Request((1,), ()), "request 1 has an empty continuation."),
+        (Request((1,), ()), "request 2 has an empty continuation."),
         (
             Request((1,), (2,) * (CONTEXT + 1)),
-            f"the continuation of request 1 is longer than the model's context.\n  got: {CONTEXT + 1} tokens",
+            f"continuation 2 is longer than the model's context.\n  got: {CONTEXT + 1} tokens",
         ),
         (
             Request((1,), (VOCAB,)),
-            f"request 1 has an id that is not in the model's vocabulary.\n  got: {VOCAB}\n"
+            f"request 2 has an id that is not in the model's vocabulary.\n  got: {VOCAB}\n"
             f"  expected: ids from 0 to {VOCAB - 1}\n  try: the tokenizer that the model was trained with",
         ),
-        (Request((-1,), (1,)), "request 1 has an id that is not in the model's vocabulary.\n  got: -1"),
+        (Request((-1,), (1,)), "request 2 has an id that is not in the model's vocabulary.\n  got: -1"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_any_pass(request_: Request, message: str) -> None:

@@ -208,30 +208,30 @@ def without(row: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("task", "content", "message"),
     [
-        ("hellaswag", without(HELLASWAG, "endings"), "FILE, row 1 has no field 'endings'.\n  got: ctx_a, ctx_b,"),
-        ("hellaswag", {**HELLASWAG, "label": "7"}, "FILE, row 1: the field 'label' cannot be used.\n  got: '7'\n"
+        ("hellaswag", without(HELLASWAG, "endings"), "FILE, line 2 has no field 'endings'.\n  got: ctx_a, ctx_b,"),
+        ("hellaswag", {**HELLASWAG, "label": "7"}, "FILE, line 2: the field 'label' cannot be used.\n  got: '7'\n"
                                                    "  expected: the number of the right choice, 0 to 1"),
-        ("hellaswag", {**HELLASWAG, "label": ""}, "FILE, row 1: the field 'label' cannot be used.\n  got: ''"),
-        ("hellaswag", {**HELLASWAG, "label": True}, "FILE, row 1: the field 'label' cannot be used.\n  got: True"),
-        ("hellaswag", {**HELLASWAG, "endings": ["a", 1]}, "FILE, row 1: the field 'endings' cannot be used.\n"
+        ("hellaswag", {**HELLASWAG, "label": ""}, "FILE, line 2: the field 'label' cannot be used.\n  got: ''"),
+        ("hellaswag", {**HELLASWAG, "label": True}, "FILE, line 2: the field 'label' cannot be used.\n  got: True"),
+        ("hellaswag", {**HELLASWAG, "endings": ["a", 1]}, "FILE, line 2: the field 'endings' cannot be used.\n"
                                                           "  got: ['a', 1]\n  expected: a list of texts"),
-        ("hellaswag", {**HELLASWAG, "endings": []}, "FILE, row 1: the field 'endings' cannot be used."),
-        ("hellaswag", {**HELLASWAG, "endings": ["falls.", "[title]"]}, "FILE, row 1: the field 'endings' cannot be used.\n"
+        ("hellaswag", {**HELLASWAG, "endings": []}, "FILE, line 2: the field 'endings' cannot be used."),
+        ("hellaswag", {**HELLASWAG, "endings": ["falls.", "[title]"]}, "FILE, line 2: the field 'endings' cannot be used.\n"
                                                                        "  got: ['falls.', '[title]']\n  expected: text in"),
-        ("hellaswag", {"query": "a", "choices": ["b", " "], "gold": 0}, "FILE, row 1: the field 'choices' cannot be used."),
-        ("arc_easy", {**ARC, "choices": {"text": ["so", " "], "label": ["A", "B"]}}, "FILE, row 1: the field 'text' cannot"),
-        ("piqa", {**PIQA, "sol1": " "}, "FILE, row 1: the field 'sol1' cannot be used."),
-        ("piqa", {**PIQA, "sol2": ""}, "FILE, row 1: the field 'sol2' cannot be used.\n  got: ''\n  expected: text in every"),
-        ("hellaswag", {**HELLASWAG, "ctx_b": None}, "FILE, row 1: the field 'ctx_b' cannot be used.\n"
+        ("hellaswag", {"query": "a", "choices": ["b", " "], "gold": 0}, "FILE, line 2: the field 'choices' cannot be used."),
+        ("arc_easy", {**ARC, "choices": {"text": ["so", " "], "label": ["A", "B"]}}, "FILE, line 2: the field 'text' cannot"),
+        ("piqa", {**PIQA, "sol1": " "}, "FILE, line 2: the field 'sol1' cannot be used."),
+        ("piqa", {**PIQA, "sol2": ""}, "FILE, line 2: the field 'sol2' cannot be used.\n  got: ''\n  expected: text in every"),
+        ("hellaswag", {**HELLASWAG, "ctx_b": None}, "FILE, line 2: the field 'ctx_b' cannot be used.\n"
                                                     "  got: None\n  expected: str"),
         ("hellaswag", ["no object"], "FILE, line 2 is no JSON object."),
-        ("arc_easy", {**ARC, "answerKey": "C"}, "FILE, row 1: the field 'answerKey' cannot be used.\n"
+        ("arc_easy", {**ARC, "answerKey": "C"}, "FILE, line 2: the field 'answerKey' cannot be used.\n"
                                                 "  got: 'C'\n  expected: one of A, B"),
-        ("arc_easy", without(ARC, "choices"), "FILE, row 1 has no field 'choices'."),
-        ("arc_easy", {**ARC, "question": {}}, "FILE, row 1: the field 'question' cannot be used."),
-        ("piqa", without(PIQA, "sol2"), "FILE, row 1 has no field 'sol2'."),
-        ("lambada", {"txt": "a b"}, "FILE, row 1 has no field 'text'.\n  got: txt"),
-        ("wikitext", {}, "FILE, row 1 has no field 'page'.\n  got: nothing"),
+        ("arc_easy", without(ARC, "choices"), "FILE, line 2 has no field 'choices'."),
+        ("arc_easy", {**ARC, "question": {}}, "FILE, line 2: the field 'question' cannot be used."),
+        ("piqa", without(PIQA, "sol2"), "FILE, line 2 has no field 'sol2'."),
+        ("lambada", {"txt": "a b"}, "FILE, line 2 has no field 'text'.\n  got: txt"),
+        ("wikitext", {}, "FILE, line 2 has no field 'page'.\n  got: nothing"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used_are_named(task: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_tokenizer_that_is_not_the_models_or_lacks_characters(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         task.evaluate(made(SHAPES["gpt2"], chars.vocab_size), chars)
     assert str(caught.value).startswith(
-        "hellaswag, row 0: the model's tokenizer cannot write this text: the character 'R'"
+        "hellaswag, row 1: the model's tokenizer cannot write this text: the character 'R'"
     )
 
 

@@ -174,7 +174,7 @@ def test_a_file_that_is_not_there(config: Config) -> None:
 
 def test_characters_that_the_tokenizer_lacks(config: Config) -> None:
     chars = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, name="chars"))
-    with pytest.raises(DataError, match="hellaswag, row 0: the model's tokenizer cannot write this text"):
+    with pytest.raises(DataError, match="hellaswag, row 1: the model's tokenizer cannot write this text"):
         session.train(chars, "run")
     assert not Path("run").exists()
 

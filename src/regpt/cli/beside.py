@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regpt.cli.parse import CommonArgs, Output, duration
+from regpt.cli.parse import CommonArgs, Output
+from regpt.durations import duration
 from regpt.errors import ConfigError
 from regpt.evals.compare import (
     Comparison,

@@ -51,6 +51,11 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 PART, LOCK = ".part", ".lock"
 
 
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE says that no server is to be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
 class Unreachable(DataError):
     """The server gave no answer that could be used, however often it was asked; what is kept from before may do."""
 

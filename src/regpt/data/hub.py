@@ -39,6 +39,7 @@ from regpt.data.download import (
     RemoteFile,
     Unreachable,
     beside,
+    offline,
     size_of,
     unheard,
 )
@@ -309,7 +310,7 @@ def find(
         DataError: there is no such data set, configuration or split, or nothing that can be read; no network.
     """
     spec = Spec.parse(text)
-    hub = _Hub(spec.repo, network and not _is_set("HF_HUB_OFFLINE"), note)
+    hub = _Hub(spec.repo, network and not offline(), note)
     tree = hub.tree(hub.commit(spec.revision))
     chosen = _choose(tree, spec, split)
     if chosen is None:
@@ -347,10 +348,6 @@ def _choose(tree: Tree, spec: Spec, split: str) -> tuple[Entry, ...] | None:
                 hint="download it under another name, then name its folder: regpt prepare FOLDER …",
             )
     return None if chosen is None else tuple(by_path[p] for p in chosen)
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
 class _Hub:

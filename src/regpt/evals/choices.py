@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.errors import DataError
-from regpt.evals.figures import Figure, mean
+from regpt.evals.figures import Figure, share
 from regpt.evals.files import Files, Remote, Row, find, read_rows, read_text
 from regpt.evals.likelihood import Request, Scored
 from regpt.evals.task import Answers, Encoder, Parts, Task
@@ -68,7 +68,7 @@ class MultipleChoice(Task):
             for q, scored in zip(self.questions, answers[part], strict=True):
                 found = [s.logprob / weight(c, s) for c, s in zip(q.choices, scored, strict=True)]
                 right.append(float(found.index(max(found)) == q.gold))
-            return mean(right)
+            return share(right)
 
         figures = {
             "acc": accuracy(CHOICES, lambda choice, s: 1),
@@ -80,8 +80,10 @@ class MultipleChoice(Task):
         return figures
 
 
-def _filled(row: Row, field: str, choices: Sequence[str]) -> tuple[str, ...]:
-    """Choices as they are scored. Raises DataError where one is blank: it has no length to divide by."""
+def _filled(row: Row, field: str, choices: Sequence[str], least: int = 2) -> tuple[str, ...]:
+    """Choices as they are scored. Raises DataError where one is blank, so that it has no length to divide by, or alone."""
+    if len(choices) < least:
+        raise row.wrong(field, f"{least} choices at least")
     if not all(choice.strip() for choice in choices):
         raise row.wrong(field, "text in every choice, cleaned of WikiHow's marks where the task cleans it")
     return tuple(choices)
@@ -186,7 +188,7 @@ def _arc(row: Row) -> Question:
     if not isinstance(choices, dict):
         row.get("choices", dict)
         raise row.wrong("choices", "texts and labels")
-    inner = Row(row.path, row.number, choices)
+    inner = Row(row.path, row.place, choices)
     texts = _filled(inner, "text", inner.texts("text"))
     labels, answer = inner.texts("label"), row.get("answerKey", str)
     if len(texts) != len(labels) or answer not in labels:
@@ -210,7 +212,7 @@ def open_piqa(data: Path | None, limit: int | None) -> MultipleChoice:
                 expected=f"{len(rows):,}, one for each row",
             )
         rows = [
-            Row(row.path, row.number, {**row.values, "label": label})
+            Row(row.path, row.place, {**row.values, "label": label})
             for row, label in zip(rows, labels, strict=False)
         ]
     return MultipleChoice(name="piqa", questions=[_piqa(row) for row in rows])
@@ -219,6 +221,6 @@ def open_piqa(data: Path | None, limit: int | None) -> MultipleChoice:
 def _piqa(row: Row) -> Question:
     return Question(
         query=f"Question: {row.get('goal', str)}\nAnswer:",
-        choices=tuple(_filled(row, name, [row.get(name, str)])[0] for name in ("sol1", "sol2")),
+        choices=tuple(_filled(row, name, [row.get(name, str)], 1)[0] for name in ("sol1", "sol2")),
         gold=row.index("label", 2),
     )

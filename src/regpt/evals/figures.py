@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NORMAL_95 = 1.96  # standard errors on either side that hold 95 % of a normal distribution
+from regpt.evals.chance import NORMAL_95, Interval, share_interval
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Figure:
     value: float
     stderr: float | None = None
     """Its standard error; None where none is known."""
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     """Where it lies with 95 % confidence; None: nobody knows."""
 
 
@@ -55,6 +55,12 @@ def mean(values: Sequence[float]) -> Figure:
         return Figure(value)
     stderr = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (n - 1) / n)
     return with_interval(value, stderr)
+
+
+def share(right: Sequence[float]) -> Figure:
+    """The share of right answers (1; wrong ones are 0); `mean`'s standard error, and an interval that holds at 0 and 1 too."""
+    figure = mean(right)
+    return Figure(figure.value, figure.stderr, share_interval(figure.value, len(right)))
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Figure:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regpt.data.documents import parquet_rows
-from regpt.data.download import Client
+from regpt.data.download import Client, Unreachable, offline
 from regpt.data.sources import PACKINGS, SourceFile, read_block, unpacked
 from regpt.errors import DataError
 from regpt.tokenizers.download import cache_folder
@@ -23,6 +23,7 @@ from regpt.tokenizers.files import require_sha256, write_file
 
 ROWS = (".jsonl", ".ndjson", ".json", ".parquet")
 SHA256 = ".sha256"
+ATTEMPTS = 3  # of a download: it is small, and a run of hours may wait for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,8 @@ def download(remote: Remote, task: str) -> Path:
     """The file as it is kept in regpt's cache, downloaded where it is not, and compared with its sha256.
 
     Raises:
-        DataError: no network, no such file, or another content than the known one.
+        Unreachable: no network, or no such file.
+        DataError: another content than the known one.
     """
     keep = cache_folder() / "tasks" / task / remote.name
     known = keep.with_name(keep.name + SHA256)
@@ -92,10 +94,13 @@ def download(remote: Remote, task: str) -> Path:
             require_sha256(keep.read_bytes(), expected, keep, f"delete {keep}")
         return keep
 
-    def refused(url: str, status: int, headers: Message) -> DataError:
-        return DataError(f"{url} answers with status {status}.", hint=hint)
+    if offline():
+        raise Unreachable(f"{remote.url} is not on this machine, and HF_HUB_OFFLINE is set.", hint=hint)
 
-    content, _ = Client(refused=refused, by_hand=hint).get(remote.url)
+    def refused(url: str, status: int, headers: Message) -> DataError:
+        return Unreachable(f"{url} answers with status {status}.", hint=hint)
+
+    content, _ = Client(refused=refused, by_hand=hint, attempts=ATTEMPTS).get(remote.url)
     if remote.member is not None:
         try:
             content = zipfile.ZipFile(io.BytesIO(content)).read(remote.member)
@@ -136,8 +141,8 @@ class Row:
     """One row of a task file, whose fields are asked for by name."""
 
     path: Path
-    number: int
-    """From 0."""
+    place: str
+    """Where in it, as a person counts: line 1, or, where there are no lines, row 1."""
     values: Mapping[str, Any]
 
     def get(self, name: str, kind: type) -> Any:
@@ -149,13 +154,15 @@ class Row:
             )
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.wrong(name, kind.__name__)
+        if isinstance(value, str) and not _is_unicode(value):
+            raise self.wrong(name, "Unicode: half of a surrogate pair is no character")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A field that is a list of texts, none of them empty. Raises DataError where it is not."""
         value = self.get(name, list)
-        if not value or not all(isinstance(v, str) and v for v in value):
-            raise self.wrong(name, "a list of texts")
+        if not value or not all(isinstance(v, str) and v and _is_unicode(v) for v in value):
+            raise self.wrong(name, "a list of texts, none of them empty")
         return tuple(value)
 
     def index(self, name: str, below: int) -> int:
@@ -178,7 +185,15 @@ class Row:
         )
 
     def __str__(self) -> str:
-        return f"{self.path}, row {self.number}"
+        return f"{self.path}, {self.place}"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_rows(path: Path, limit: int | None) -> Sequence[Row]:
@@ -191,9 +206,9 @@ def read_rows(path: Path, limit: int | None) -> Sequence[Row]:
         values = list(itertools.islice(parquet_rows(path), limit))
         if not values:
             raise DataError(f"{path} is empty.", expected="at least one row")
-        return [Row(path, number, value) for number, value in enumerate(values)]
+        return [Row(path, f"row {number}", value) for number, value in enumerate(values, 1)]
     rows: list[Row] = []
-    for number, line in enumerate(read_text(path).split("\n")):  # not splitlines: a text may hold U+2028
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines: a text may hold U+2028
         if limit is not None and len(rows) == limit:
             break
         if not line.strip():
@@ -201,8 +216,9 @@ def read_rows(path: Path, limit: int | None) -> Sequence[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise DataError(f"{path}, line {number + 1} is not JSON: {e}.") from None
+            said = "it is nested too deeply" if isinstance(e, RecursionError) else e
+            raise DataError(f"{path}, line {number} is not JSON: {said}.") from None
         if not isinstance(value, dict):
-            raise DataError(f"{path}, line {number + 1} is no JSON object.", got=line[:80])
-        rows.append(Row(path, len(rows), value))
+            raise DataError(f"{path}, line {number} is no JSON object.", got=line[:80])
+        rows.append(Row(path, f"line {number}", value))
     return rows

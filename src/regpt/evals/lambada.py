@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regpt.evals.figures import Figure, exponential, mean
-from regpt.evals.files import Files, Remote, find, read_rows
+from regpt.evals.figures import Figure, exponential, mean, share
+from regpt.evals.files import Files, Remote, Row, find, read_rows
 from regpt.evals.task import Answers, Encoder, Parts, Task
 from regpt.tokenizers import Tokenizer
 
@@ -52,7 +52,7 @@ class Lambada(Task):
     def figures(self, answers: Answers) -> dict[str, Figure]:
         scored = [row[0] for row in answers[WORDS]]
         return {
-            "acc": mean([float(s.greedy) for s in scored]),
+            "acc": share([float(s.greedy) for s in scored]),
             "perplexity": exponential(mean([-s.logprob for s in scored])),
         }
 
@@ -60,4 +60,12 @@ class Lambada(Task):
 def open_lambada(data: Path | None, limit: int | None) -> Lambada:
     """LAMBADA from rows with the field `text`."""
     rows = read_rows(find(LAMBADA, data), limit)
-    return Lambada(name="lambada", texts=[row.get("text", str) for row in rows])
+    return Lambada(name="lambada", texts=[_passage(row) for row in rows])
+
+
+def _passage(row: Row) -> str:
+    text: str = row.get("text", str)
+    before, _, word = text.rpartition(" ")
+    if not before.strip() or not word.strip():
+        raise row.wrong("text", "a passage, and behind its last space the word to guess")
+    return text

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from regpt.errors import DataError
-from regpt.infer.cache import Continued, KVCache
+from regpt.infer.cache import Continued, KVCache, cache_bytes
 from regpt.models import LanguageModel
 from regpt.models.loss import chunk_rows
 from regpt.train.dist import Ranks, is_sharded
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}  # of one pass, padding included
+CACHE_BYTES = 1 << 30  # of keys and values of shared contexts, at most
 SHARED_FROM = 8  # tokens of a context that are worth a pass of their own
 SPREAD = 8  # tokens by which contexts that pass together may differ, where equal ones are too few
 COPIED = 8  # times the tokens of a pass: positions of which keys and values are copied for it, those that are shared included
@@ -124,7 +125,10 @@ def score(
     ranks = ranks or Ranks()
     check_requests(model, requests)
     # Longest first: what does not fit into memory fails at once, and the time left is not promised too short.
-    batches = list(_batches(_rows(requests, model.config.block_size), batch_tokens or tokens_of(device)))
+    position_bytes = cache_bytes(model.config, 1, 1, next(cast(nn.Module, model).parameters()).dtype)
+    tokens = batch_tokens or tokens_of(device)
+    kept = min(tokens, max(CACHE_BYTES // position_bytes, 1))
+    batches = list(_batches(_rows(requests, model.config.block_size), tokens, kept))
     logprobs = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.zeros(len(requests), dtype=torch.int64)
     sharded = is_sharded(next(cast(nn.Module, model).parameters()))
@@ -134,9 +138,7 @@ def score(
         for number, batch in enumerate(batches):
             if sharded or number % ranks.world == ranks.rank:
                 with autocast():
-                    _score_batch(
-                        model, batch, device, batch_tokens or tokens_of(device), between, logprobs, greedy
-                    )
+                    _score_batch(model, batch, device, tokens, between, logprobs, greedy)
             done += batch.rows
             progress(done, len(requests))
     finally:
@@ -157,7 +159,7 @@ def tokens_of(device: str) -> int:
 def check_requests(model: LanguageModel, requests: Sequence[Request]) -> None:
     """Refuse what the model cannot score, before anything is computed. Raises DataError."""
     context = model.config.block_size
-    for number, request in enumerate(requests):
+    for number, request in enumerate(requests, 1):
         if not request.context or not request.continuation:
             part = "continuation" if request.context else "context"
             raise DataError(
@@ -166,7 +168,7 @@ def check_requests(model: LanguageModel, requests: Sequence[Request]) -> None:
             )
         if len(request.continuation) > context:
             raise DataError(
-                f"the continuation of request {number} is longer than the model's context.",
+                f"continuation {number} is longer than the model's context.",
                 got=f"{len(request.continuation):,} tokens",
                 expected=f"at most {context:,}",
             )
@@ -186,8 +188,8 @@ def _rows(requests: Sequence[Request], block_size: int) -> Iterator[_Row]:
         yield _Row(place, ids, len(request.continuation))
 
 
-def _batches(rows: Iterator[_Row], batch_tokens: int) -> Iterator[_Batch]:
-    """All rows, the longest contexts first."""
+def _batches(rows: Iterator[_Row], batch_tokens: int, kept_tokens: int) -> Iterator[_Batch]:
+    """All rows, the longest contexts first; of shared contexts at most `kept_tokens` at a time, or one."""
     by_context: dict[tuple[int, ...], list[_Row]] = {}
     for row in rows:
         by_context.setdefault(row.context, []).append(row)
@@ -199,8 +201,8 @@ def _batches(rows: Iterator[_Row], batch_tokens: int) -> Iterator[_Batch]:
     for group in several:
         length, first = len(group[0].context), len(batch[0][0].context) if batch else 0
         # Contexts that are shorter make the others' choices longer: only where the pass is not well filled without.
-        shorter = batch and length < first and (tokens > batch_tokens // 2 or first - length > SPREAD)
-        if batch and (shorter or tokens + length > batch_tokens):
+        shorter = batch and length < first and (tokens > kept_tokens // 2 or first - length > SPREAD)
+        if batch and (shorter or tokens + length > kept_tokens):
             yield _Batch(len(batch[-1][0].context) - 1, batch)
             batch, tokens = [], 0
         batch.append(group)

@@ -13,13 +13,3 @@ NOT_FIGURES = ("rows", "seconds", "cut", "stderr")
 """What a task's result says beside its figures; `stderr` is the headline's, which has its own as <name>_stderr too."""
 LOSS = "loss"
 """The loss over a split (`evals/loss.py`), which the command line names beside them."""
-HEADLINES = {
-    "wikitext": "word_perplexity",
-    "lambada": "acc",
-    "hellaswag": "acc_norm",
-    "arc_easy": "acc_norm",
-    "piqa": "acc_norm",
-}
-"""The figure that stands for a task where there is room for one."""
-NOT_FIGURES = frozenset(("rows", "seconds", "cut", "stderr"))
-"""What else a task's values hold in JSON and logs; `stderr` is the headline's, once more."""

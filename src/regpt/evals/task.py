@@ -50,7 +50,7 @@ class Task(ABC):
             DataError: naming task and row.
         """
         for rows in parts.values():
-            for number, row in enumerate(rows):
+            for number, row in enumerate(rows, 1):
                 try:
                     check_requests(model, row)
                 except DataError as e:
@@ -143,7 +143,7 @@ class Encoder:
             return tuple(self.tokenizer.encode(text))
         except DataError as e:
             raise DataError(
-                f"{self.task}, row {row}: the model's tokenizer cannot write this text: {e.what}",
+                f"{self.task}, row {row + 1}: the model's tokenizer cannot write this text: {e.what}",
                 got=e.got,
                 expected=e.expected,
                 hint="a model whose tokenizer knows every byte: gpt2, bpe or bytes",

@@ -15,8 +15,7 @@ import torch
 
 from regpt.config import Config, EvalConfig
 from regpt.data.download import Unreachable
-from regpt.errors import ConfigError, DataError, did_you_mean
-from regpt.evals.likelihood import check_requests
+from regpt.errors import ConfigError, did_you_mean
 from regpt.evals.names import LOSS, TASK_NAMES
 from regpt.evals.task import Parts, Task
 from regpt.evals.tasks import open_task
@@ -121,11 +120,8 @@ def prepare_tasks(tasks: Sequence[Task], config: Config, tokenizer: Tokenizer) -
     with torch.device("meta"):  # its shape only
         model = cast(LanguageModel, build_model(config.model, tokenizer.vocab_size))
     prepared = [Prepared(task, task.requests(tokenizer, config.model.block_size)) for task in tasks]
-    for task, parts in ((p.task, p.parts) for p in prepared):
-        try:
-            check_requests(model, [r for rows in parts.values() for row in rows for r in row])
-        except DataError as e:
-            raise DataError(f"eval.tasks, {task.name}: {e.what}", got=e.got, expected=e.expected) from None
+    for p in prepared:
+        p.task.check(model, p.parts)
     return prepared
 
 
