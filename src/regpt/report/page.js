@@ -135,7 +135,7 @@
   }
 
   // The highest value but for the top twentieth of the points that a curve is drawn through, where they are many: its
-  // beginning and its spikes, as a rule. Of a curve that was thinned they are its extremes, more than a twentieth of the log.
+  // beginning and its spikes, as a rule. A thinned curve is drawn through extremes, so of its log that may be another share.
   const MANY = 200, LEFT_OUT = 0.05;
   function ordinaryTop(drawn, keep) {
     let top = -Infinity;
