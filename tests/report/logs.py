@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,25 @@ from typing import Any
 from regpt.config import Config, TokenizerConfig, to_dict
 
 TOKENS = 2048
+EXTREMES = (
+    *(
+        0.0,
+        -0.0,
+        5e-324,
+        -5e-324,
+        1e-310,
+        2.2250738585072014e-308,
+        1e-300,
+        1e-290,
+        1e-200,
+        -1.0,
+        1.0,
+        1 + 2**-52,
+    ),
+    *(1e12, 2**53, 2**64, 1e290, 1e299, 1e300, -1e300, 1.7e308, -1.7e308, 10**400, -(10**400)),
+    *(math.inf, -math.inf, math.nan, None, True, "", "x", [], {}),
+)
+"""Values that break what reckons with numbers, or that are none."""
 
 
 def steps(n: int, *, every: int = 1, loss: float = 6.0) -> list[dict[str, Any]]:
@@ -70,4 +91,28 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     for name, lines in (("log.jsonl", entries), ("samples.jsonl", samples)):
         (folder / name).write_text("".join(json.dumps(e) + "\n" for e in lines), encoding="utf-8")
+    return folder
+
+
+def extreme_run(folder: Path, rng: random.Random) -> Path:
+    """A run some of whose numbers are of EXTREMES, or of any size, next to ordinary ones."""
+    share = rng.random()
+
+    def value() -> object:
+        return (
+            rng.choice(EXTREMES)
+            if rng.random() < share
+            else rng.uniform(-3, 3) * 10 ** rng.randint(-320, 300)
+        )
+
+    scored: dict[str, Any] = {"event": "tasks", "step": 4, "x": {}}
+    scored["x"] = {"acc": value(), "acc_stderr": value(), "rows": value()}
+    lines = [*steps(4), evaluation(4, 1.0), scored]
+    for line in lines:
+        line |= {k: value() for k in line if k not in ("event", "step", "x") and rng.random() < 0.7}
+    write_run(folder, lines)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    for part in ("plan", "machine", "facts"):
+        record[part] = {k: value() if rng.random() < share / 2 else v for k, v in record[part].items()}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return folder

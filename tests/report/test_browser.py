@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logs import evaluation, steps, write_run
+from logs import evaluation, extreme_run, steps, write_run
 
 from regpt.config import load_preset
 from regpt.report.history import read_histories
@@ -71,7 +72,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Any]:
         shown.page.on("request", lambda r: shown.requests.append(r.url))
         if url is None:
             file = tmp_path / "shown.html"
-            file.write_text(page(read_histories(runs)), encoding="utf-8")
+            file.write_text(page(read_histories(runs, may_be_empty=True)), encoding="utf-8")
             url = file.as_uri()
         shown.page.goto(url)
         return shown
@@ -120,8 +121,10 @@ def test_with_and_without_scripts_the_scales_say_the_same(show: Any, tmp_path: P
         "step": 70,
         "hellaswag": {"acc_norm": 0.3, "acc_norm_tokens": 0.29, "rows": 10_042},
     }
+    scored["hellaswag"] |= {"acc_norm_stderr": 0.02, "acc_norm_tokens_stderr": 0.01}
+    lines.append(evaluation(83, 0.5))  # the charts end together, where the longest of all curves does
     run = write_run(
-        tmp_path / "a", [*lines, scored], total_steps=70, config=load_preset("gpt2-124m-fineweb-edu").config
+        tmp_path / "a", [*lines, scored], total_steps=83, config=load_preset("gpt2-124m-fineweb-edu").config
     )
     viewport = {"width": 1026, "height": 900}
     scripted, plain = (show(run, viewport=viewport, java_script_enabled=on) for on in (True, False))
@@ -133,7 +136,8 @@ def test_with_and_without_scripts_the_scales_say_the_same(show: Any, tmp_path: P
         for what in (".tick", ".baseline-label"):
             said = sorted(theirs.locator(what).all_text_contents())
             assert said == sorted(ours.locator(what).all_text_contents()), plot
-        assert theirs.locator("path.line").count() == ours.locator("path.line").count()
+        for drawn in ("path.line", "line.error", "circle"):
+            assert theirs.locator(drawn).count() == ours.locator(drawn).count(), (plot, drawn)
 
 
 def test_published_figures_are_drawn(show: Any, tmp_path: Path) -> None:
@@ -315,6 +319,20 @@ def test_a_hundred_thousand_points_stay_small(show: Any, tmp_path: Path) -> None
     assert 800 <= smooth.count("L") + 1 <= raw.count("L") + 1 <= 4000
     assert shown.page.evaluate("document.querySelectorAll('*').length") < 1500
     assert shown.complaints == []
+
+
+def test_no_number_in_a_log_is_too_much_to_draw(show: Any, tmp_path: Path) -> None:
+    rng = random.Random(7)
+    runs = [extreme_run(tmp_path / str(n), rng) for n in range(24)]
+    for some in (*([run] for run in runs[:6]), runs):
+        shown = show(*some)
+        shown.page.check("#log")
+        shown.page.locator("#smooth").fill("50")
+        for axis in ("tokens", "time_s", "flops", "step"):
+            shown.page.click(f"[data-axis={axis}]")
+            assert shown.complaints == [], (some, axis)
+        shown.page.uncheck("#log")
+        assert shown.complaints == []
 
 
 def test_nothing_in_a_run_can_run(show: Any, tmp_path: Path) -> None:

@@ -295,16 +295,22 @@ def labels(at: Sequence[float]) -> list[str]:
     return [f"{t / unit:.{digits}f}{letter}" if t else "0" for t in at]
 
 
-def svg(chart: Chart, data: dict[str, Any]) -> str:
-    """The chart over steps, on a linear axis: what is seen where no script runs."""
+def svg(chart: Chart, data: dict[str, Any], end: float) -> str:
+    """The chart over steps up to `end`, on a linear axis: what is seen where no script runs."""
     width, height = (WIDTH, HEIGHT) if chart.wide else (SMALL_WIDTH, SMALL_HEIGHT)
     lines = data["lines"]
-    values = [v for line in lines for v in line["y"] if v is not None] + [b.value for b in chart.baselines]
+    values = [
+        v
+        for line in lines
+        for y, error in _with_errors(line)
+        if y is not None
+        for v in (y - error, y + error)
+    ]
+    values += [b.value for b in chart.baselines]
     low, high = min(values, default=0.0), max(values, default=1.0)
     # As in page.js.
     pad = (abs(high) * 0.05 if abs(high) > SMALLEST else 1.0) if _flat(low, high) else (high - low) * 0.05
     low, high = low - pad, high + pad
-    end = max((v for line in lines for v in line["step"]), default=1) or 1
 
     def x_of(step: float) -> float:
         return LEFT + (width - LEFT - RIGHT) * step / end
@@ -327,6 +333,10 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
             for s, y in zip(line["step"], line["y"], strict=True)
         ]
         parts.append(_path(points, line))
+        strokes = zip(line["step"], _with_errors(line), strict=True)
+        parts += [
+            _stroke(x_of(s), y_of(y - e), y_of(y + e), line) for s, (y, e) in strokes if y is not None and e
+        ]
     of_baselines = [(b, y_of(b.value)) for b in sorted(chart.baselines, key=lambda b: b.value)]
     parts += [_baseline(y, width) for _, y in of_baselines]
     above = math.inf
@@ -334,6 +344,23 @@ def svg(chart: Chart, data: dict[str, Any]) -> str:
         above = min(y - 5, above - LABEL_HEIGHT)
         parts.append(_baseline_label(b, above))
     return "".join([*parts, "</svg>"])
+
+
+def last_step(data: dict[str, Any]) -> float:
+    """Where the horizontal axis of all charts ends."""
+    return max((v for c in data["charts"] for line in c["lines"] for v in line["step"]), default=1) or 1
+
+
+def _with_errors(line: dict[str, Any]) -> list[tuple[float | None, float]]:
+    """Each value with its standard error, 0 where it has none."""
+    errors = line.get("error") or [None] * len(line["y"])
+    return [(y, error or 0.0) for y, error in zip(line["y"], errors, strict=True)]
+
+
+def _stroke(x: float, low: float, high: float, line: dict[str, Any]) -> str:
+    """One standard error to either side of a point."""
+    style = f'style="stroke:var(--c{line["colour"]})"'
+    return f'<line class="error" {style} x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
 
 
 def _labelled(at: list[float]) -> list[tuple[float, str]]:

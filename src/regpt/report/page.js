@@ -24,9 +24,10 @@
   }
 
   function logTicks(low, high) {
-    const found = [];
-    for (let p = Math.floor(Math.log10(low)); p <= Math.ceil(Math.log10(high)); p++)
-      for (const m of [1, 2, 5]) if (m * 10 ** p >= low && m * 10 ** p <= high) found.push(m * 10 ** p);
+    const found = [], first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+    const decades = Math.max(1, Math.ceil((last - first) / 8)); // from one label to the next, where there are many
+    for (let p = first; p <= last; p += decades)
+      for (const m of decades > 1 ? [1] : [1, 2, 5]) if (m * 10 ** p >= low && m * 10 ** p <= high) found.push(m * 10 ** p);
     return found.length > 1 ? found : ticks(low, high, 5).filter((t) => t > 0);
   }
 
@@ -134,7 +135,7 @@
   }
 
   // The highest value but for the top twentieth of the points that a curve is drawn through, where they are many: its
-  // beginning and its spikes, as a rule. Of a curve that was thinned they are its extremes, more than a twentieth of the log.
+  // beginning and its spikes, as a rule. A thinned curve is drawn through extremes, so of its log that may be another share.
   const MANY = 200, LEFT_OUT = 0.05;
   function ordinaryTop(drawn, keep) {
     let top = -Infinity;
@@ -147,6 +148,10 @@
     }
     return top;
   }
+
+  // A place far outside of the picture is as good as one farther, which SVG could not say.
+  const FAR = 1e6;
+  const pixel = (v) => Math.min(FAR, Math.max(-FAR, v));
 
   function scales(chart, drawn, width, height) {
     let end = 0;
@@ -171,9 +176,9 @@
     a -= pad; b += pad;
     const plotWidth = width - LEFT - RIGHT, plotHeight = height - TOP - BOTTOM;
     return {
-      from, to, end, log, low: log ? Math.exp(a) : a, high: log ? Math.exp(b) : b,
-      x: (v) => LEFT + plotWidth * (v - from) / (to - from),
-      y: (v) => TOP + plotHeight * (b - f(v)) / (b - a),
+      from, to, end, log, low: log ? Math.max(Math.exp(a), Number.MIN_VALUE) : a, high: log ? Math.min(Math.exp(b), Number.MAX_VALUE) : b,
+      x: (v) => pixel(LEFT + plotWidth * ((v - from) / (to - from))),
+      y: (v) => pixel(TOP + plotHeight * ((b - f(v)) / (b - a))),
       back: (px) => from + (to - from) * (px - LEFT) / plotWidth,
     };
   }
@@ -220,7 +225,7 @@
       inside.append(node("path", { class: `line ${curve.style}${soft}${dotted}`, style: `stroke:${colour}`, d: pathOf(curve, s) }));
       if (curve.style !== "sparse" || curve.x.length > 150) continue;
       for (let i = 0; i < curve.x.length; i++)
-        if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to) {
+        if (curve.y[i] !== null && curve.x[i] >= s.from && curve.x[i] <= s.to && !(s.log && curve.y[i] <= 0)) {
           const x = s.x(curve.x[i]), error = curve.line.error && curve.line.error[i];
           if (error) { // one standard error to either side
             const [y1, y2] = [curve.y[i] - error, curve.y[i] + error].map((v) => s.y(s.log ? Math.max(v, s.low) : v));

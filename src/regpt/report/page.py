@@ -17,6 +17,7 @@ from regpt.report.charts import (
     charts,
     exponent,
     headline,
+    last_step,
     marker,
     said,
     svg,
@@ -263,7 +264,7 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
     if several:
         keys = "".join(_key(f"run:{i}", h.label, i % COLOURS, "dots", i) for i, h in enumerate(histories))
         legend = f'<div class="legend" role="group" aria-label="runs">{keys}</div>'
-    figures = []
+    figures, end = [], last_step(data)
     for chart, of_chart in zip(drawn, data["charts"], strict=True):
         own = ""
         if chart.id == "loss":
@@ -281,7 +282,7 @@ def _charts(histories: Sequence[History], drawn: Sequence[Chart], data: dict[str
         note = f"<details><summary>The dashed lines</summary>{sources}</details>" if sources else ""
         figures.append(
             f'<figure class="chart{" wide" if chart.wide else ""}"><h3>{_text(chart.title)}{unit}</h3>{own}'
-            f'<div class="plot" tabindex="0" data-plot="{_text(chart.id)}">{svg(chart, of_chart)}'
+            f'<div class="plot" tabindex="0" data-plot="{_text(chart.id)}">{svg(chart, of_chart, end)}'
             f'<div class="tip" hidden></div></div>{note}</figure>'
         )
     hint = '<p class="soft" id="axis-name" style="font-size:12.5px;margin-top:8px"></p>'
