@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness import as_hugging_face
 from regpt.config import ModelConfig
 from regpt.errors import ConfigError, DataError
 from regpt.models.gpt2 import GPT2
@@ -121,22 +122,19 @@ def pair(test_data: Path) -> tuple[GPT2, Tokenizer, Any]:
 
     files = test_data / "tokenizer"
     ours = random_model(50_257)
-    theirs = hf.GPT2LMHeadModel(
-        hf.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, attn_implementation="eager")
-    ).eval()
-    own = dict(ours.named_parameters())
-    with torch.no_grad():
-        ours.wte.weight[50_257:] = 0.0
-        for name, p in theirs.transformer.named_parameters():
-            w = own[name][:50_257] if name == "wte.weight" else own[name]
-            p.copy_(w.T if ".c_" in name and name.endswith("weight") else w)
     merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     vocab = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
     tokenizer = hf.GPT2Tokenizer(vocab=vocab, merges=[tuple(m.split()) for m in merges if m])
     return (
         ours,
         open_gpt2(str(files)),
-        HFLM(pretrained=theirs, tokenizer=tokenizer, backend="causal", device="cpu", batch_size=1),
+        HFLM(
+            pretrained=as_hugging_face(ours),
+            tokenizer=tokenizer,
+            backend="causal",
+            device="cpu",
+            batch_size=1,
+        ),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness import as_hugging_face
 from regpt.config import ModelConfig, ModernConfig
 from regpt.errors import DataError, DeviceError
 from regpt.evals.likelihood import COPIED, Request, Scored, score
@@ -91,15 +92,9 @@ def likeliest(model: Any, request: Request, tokens: int) -> Request:
 
 
 def test_log_probabilities_equal_hugging_face() -> None:
-    hf = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     ours = made(SHAPES["gpt2"])
-    shape = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, **shape)).eval()
-    weights = {}
-    for name, p in ours.named_parameters():
-        linear = name.endswith("weight") and ".c_" in name
-        weights["transformer." + name] = p[:VOCAB] if name == "wte.weight" else p.T if linear else p
-    theirs.load_state_dict(weights, strict=False)
+    theirs = as_hugging_face(ours)
     asked = requests()
     assert alike(score(ours, asked), [plainly(lambda ids: theirs(ids).logits, r) for r in asked])
 

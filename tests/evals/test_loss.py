@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import as_hugging_face
 from test_likelihood import SHAPES, made
 from torch import Tensor
 
+from harness import as_hugging_face
 from regpt.config import ModelConfig, ModernConfig
 from regpt.data.prepare import prepare
 from regpt.data.shards import Shards
