@@ -173,7 +173,7 @@ PAGES = [" \n = A b = \n one two , three \n", " = C = \n " + "four five six seve
 def test_the_strided_perplexity_is_that_of_a_loop_by_hand() -> None:
     """Target by target: windows that overlap by half, the last reaching back; over words and line ends counted here."""
     model, tokenizer = made(dataclasses.replace(SHAPES["gpt2"], block_size=64), 257), ByteTokenizer()
-    task = WikiText(name="wikitext", headline="word_perplexity", pages=PAGES)
+    task = WikiText(name="wikitext", pages=PAGES)
     ids = [tokenizer.eot_id, *tokenizer.encode("\n".join(map(detokenized, PAGES)))]
     context, stride, nats = 64, 32, 0.0
     for target in range(1, len(ids)):

@@ -183,7 +183,7 @@ def test_an_ending_longer_than_the_context(config: Config) -> None:
     short = dataclasses.replace(config, model=dataclasses.replace(config.model, block_size=16))
     with pytest.raises(DataError) as error:
         session.train(short, "run")
-    assert str(error.value).startswith("eval.tasks, hellaswag: the continuation of request ")
+    assert str(error.value).startswith("hellaswag, row 1: continuation 1 is longer than the model")
     assert "got: 17 tokens" in str(error.value) and "expected: at most 16" in str(error.value)
     assert not Path("run").exists()
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.config import VAL_FRACTION
-from regpt.evals.figures import NORMAL_95, TaskResult
+from regpt.evals.chance import NORMAL_95
+from regpt.evals.figures import TaskResult
 from regpt.evals.names import LOSS
 from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
 
