@@ -237,6 +237,7 @@ def test_beside_a_run_stands_the_gpt2_of_its_size() -> None:
     every = beside(ours, web, every=True)
     assert {0.3256, 0.4599} <= {c.published.value for c in every if c.published.model == "GPT-2 124M"}
     assert len(sources(every)) == len(every) > 20
+    assert sum("; not comparable: the stop-word filter" in line for line in sources(every)) == 8
     small = beside({"loss": {"nats": 2.0}}, Run(parameters=804_224, **CHARS))
     assert [(c.published.model, c.published.value) for c in small] == [
         ("nanoGPT shakespeare-char, CPU", 1.8983),

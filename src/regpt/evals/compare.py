@@ -134,7 +134,7 @@ def _compared(p: Published, values: Values | None, run: Run, skipped: Mapping[st
         why = skipped.get(p.task, f"this evaluation gives no {p.figure}")
         return Comparison(published=p, ours=None, stderr=None, margin=None, why=(f"not evaluated: {why}",))
     stderr, ours = values.get(f"{p.figure}_stderr"), float(values[p.figure])
-    comparable = p.trusted and p.comparable and not any(_other_targets(p, run))
+    comparable = p.trusted and p.comparable and not _other_targets(p, run)
     return Comparison(
         published=p,
         ours=ours,
@@ -158,19 +158,23 @@ def _margin(p: Published, ours: float, stderr: float | None) -> float | None:
     return None if theirs is None else NORMAL_95 * math.hypot(stderr, theirs)
 
 
-def _other_targets(p: Published, run: Run) -> Iterable[str]:
+def _other_targets(p: Published, run: Run) -> list[str]:
     """Why a loss is the mean over other targets than the published one's; nothing where it is not, as far as is known."""
     if p.task != LOSS:
-        return
+        return []
+    found = []
     if p.corpus != run.corpus:
-        yield f"other data: theirs is {p.data}, this run's is {run.corpus or 'not known'}"
+        found.append(f"other data: theirs is {p.data}, this run's is {run.corpus or 'not known'}")
     if p.tokenizer != run.tokenizer:
-        yield f"other tokens: theirs are {p.tokenizer}, this run's {run.tokenizer or 'not known'}"
+        found.append(f"other tokens: theirs are {p.tokenizer}, this run's {run.tokenizer or 'not known'}")
     if p.held_out is not None and p.held_out != run.held_out:
-        yield f"another part held out: theirs is {p.held_out}, this run's {run.held_out or 'not known'}"
+        found.append(
+            f"another part held out: theirs is {p.held_out}, this run's {run.held_out or 'not known'}"
+        )
     changed = [name for name in run.changed or () if name.startswith(TARGETS)]
-    if changed:
-        yield f"other targets than the recipe's: {', '.join(changed)}"
+    if changed and not found:
+        found.append(f"other targets than the recipe's: {', '.join(changed)}")
+    return found
 
 
 def _reasons(p: Published, values: Values, run: Run) -> Iterable[str]:
@@ -221,7 +225,7 @@ def beside(ours: Mapping[str, Values], run: Run, *, every: bool = False) -> list
     near = nearest_gpt2(run.parameters)
     chosen = []
     for task, values in ours.items():
-        found = [p for p in figures(task) if p.figure in values and not any(_other_targets(p, run))]
+        found = [p for p in figures(task) if p.figure in values and not _other_targets(p, run)]
         if not every:
             of_gpt2 = [p for p in found if p.model == near]
             alike = [p for p in found if task == LOSS and p.trusted and _ratio(p, run) <= ALIKE]
@@ -263,7 +267,8 @@ def sources(found: Iterable[Comparison]) -> list[str]:
     for c in found:
         p = c.published
         line = f"{p.model}, {p.task} {p.figure} {written(p.figure, p.value)}: {p.source}"
-        lines.append(line + (f"; {p.caveat}" if p.caveat else "") + ("" if p.trusted else f" ({p.standing})"))
+        mind = p.caveat if p.comparable else f"not comparable: {p.caveat}"
+        lines.append(line + (f"; {mind}" if mind else "") + ("" if p.trusted else f" ({p.standing})"))
     return lines
 
 
