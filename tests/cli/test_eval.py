@@ -107,13 +107,13 @@ def test_the_table_shows_every_figure(run: Path, capsys: pytest.CaptureFixture[s
     figures = ["acc", "acc_norm", "acc_bytes", "acc_norm_tokens"]
     assert [line.split()[:2] for line in lines[1:5]] == [["hellaswag", name] for name in figures]
     assert all(" ± 0.0000  [" in line for line in lines[1:5])
-    assert lines[5].startswith("hellaswag: 3 rows in ") and len(lines) == 6, "each figure stands there once"
+    assert lines[5].startswith("hellaswag: 3 rows, in ") and len(lines) == 6, "each figure stands there once"
     assert main(["eval", "run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [
         ["loss", name] for name in ("nats", "perplexity", "bits_per_byte")
     ]
-    assert lines[4].startswith("loss: ") and " tokens in " in lines[4] and len(lines) == 5
+    assert lines[4].startswith("loss: ") and " tokens, windows of " in lines[4] and len(lines) == 5
     assert "of run, cpu float32" in shown.err
 
 

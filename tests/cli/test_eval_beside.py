@@ -34,6 +34,12 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 Evaluate = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def no_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it answers; what lm-eval is told then holds for the whole process."""
+    monkeypatch.setattr("regpt.cli.beside.reachable", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights that knows bytes."""

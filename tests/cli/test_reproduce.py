@@ -84,7 +84,7 @@ def test_the_table_beside_nanogpts_figure(reproduce: Reproduce) -> None:
     assert readme["ours"] == values["loss"]["nats"] > 2 and readme["model"] == "nanoGPT shakespeare-char, CPU"
     assert readme["difference"] == pytest.approx(readme["ours"] - 1.88)
     for beside in (readme, whole):  # another text: no verdict, however much is known of seeds
-        assert (beside["comparable"], beside["within_noise"], beside["margin"]) == (False, None, None)
+        assert (beside["comparable"], beside["within_noise"], beside["interval"]) == (False, None, None)
         assert "this run's is text.txt" in beside["why"][0]
     assert "no spread over seeds is known" in readme["why"]
     fewer = f"fewer tokens: trained on {count(values['tokens'])}, theirs on 1.54 M"
@@ -174,8 +174,10 @@ def test_tasks_are_evaluated_and_judged(reproduce: Reproduce, test_data: Path) -
     values = json.loads(out)
     assert status == 0 and values["skipped"] == {} and values["hellaswag"]["rows"] == 8
     gpt2 = figure(values, 0.294463)
-    assert gpt2["ours"] == values["hellaswag"]["acc_norm_tokens"] and gpt2["margin"] > 0.2
-    assert gpt2["within_noise"] is (abs(gpt2["difference"]) <= gpt2["margin"])
+    assert gpt2["ours"] == values["hellaswag"]["acc_norm_tokens"]
+    low, high = gpt2["interval"]
+    assert high - low > 0.4 and low < gpt2["difference"] < high
+    assert gpt2["within_noise"] is (low <= 0 <= high)
     assert "other rows: 8 of them, theirs 10,042" in gpt2["why"]
 
 

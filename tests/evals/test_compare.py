@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from regpt.evals.chance import ratio_interval, share_difference
 from regpt.evals.compare import (
     Comparison,
     Run,
@@ -36,17 +37,27 @@ def compared(published: Published, values: dict[str, float], run: Run | None = N
     return compare([published], {published.task: values}, run or Run(parameters=GPT2_124M), {})[0]
 
 
-def test_a_share_is_judged_by_the_standard_errors_of_both() -> None:
-    """0.3114 of 10,042 rows has 0.00462; two such differ by more than chance from 0.01281 on."""
-    theirs = math.sqrt(0.3114 * 0.6886 / 10_042)
-    stderr = 0.00462
-    found = compared(one(), {"acc_norm": 0.3240, "acc_norm_stderr": stderr})
-    assert (
-        found.margin == pytest.approx(1.96 * math.hypot(stderr, theirs)) == pytest.approx(0.01281, abs=1e-5)
-    )
+def test_a_share_is_judged_by_the_interval_of_the_difference() -> None:
+    """Two of 10,042 rows each, near 0.31, differ by more than chance from 0.0128 on."""
+    found = compared(one(), {"acc_norm": 0.3240, "rows": 10_042})
+    assert found.interval == share_difference(0.3240, 10_042, 0.3114, 10_042)
+    assert found.interval == pytest.approx((0.0126 - 0.0129, 0.0126 + 0.0129), abs=1e-4)
     assert found.within_noise is True and found.better is True
-    assert compared(one(), {"acc_norm": 0.3250, "acc_norm_stderr": stderr}).within_noise is False
-    assert compared(one(), {"acc_norm": 0.30}).within_noise is None, "no standard error: nobody knows"
+    assert compared(one(), {"acc_norm": 0.3250, "rows": 10_042}).within_noise is False
+    assert compared(one(), {"acc_norm": 0.30}).within_noise is None, "of how many rows nobody knows"
+
+
+def test_no_right_answer_of_five_is_no_proof() -> None:
+    """At 0.3256, five wrong ones are to be met once in seven times; twenty are not."""
+    theirs = next(f for f in figures("lambada") if f.value == 0.3256)
+    assert compared(theirs, {"acc": 0.0, "acc_stderr": 0.0, "rows": 5}).within_noise is True
+    assert compared(theirs, {"acc": 0.0, "acc_stderr": 0.0, "rows": 20}).within_noise is False
+
+
+def test_a_huge_perplexity_is_not_explained_by_its_own_error() -> None:
+    theirs = next(f for f in figures("lambada") if f.value == 40.0554)
+    found = compared(theirs, {"perplexity": 211_385.6, "perplexity_stderr": 186_163.5, "rows": 20})
+    assert found.within_noise is False and found.better is False
 
 
 def test_a_loss_is_judged_by_the_spread_over_seeds() -> None:
@@ -54,12 +65,12 @@ def test_a_loss_is_judged_by_the_spread_over_seeds() -> None:
     assert (loss.seed_sd, loss.runs) == (0.0036, 5)
     run = Run(parameters=loss.parameters, tokens=loss.tokens, **CHARS)
     near, far = (compare([loss], {"loss": {"nats": v}}, run, {})[0] for v in (1.9110, 1.9130))
-    assert near.margin == pytest.approx(1.96 * 0.0036 * math.sqrt(6 / 5)), (
-        "one more run, from the middle of five"
-    )
+    reach = 1.96 * 0.0036 * math.sqrt(6 / 5)  # one more run, from the middle of five
+    assert near.interval == pytest.approx((1.9110 - 1.9036 - reach, 1.9110 - 1.9036 + reach))
     single = next(f for f in of_preset("shakespeare-char-cpu") if f.value == 1.8983)
     found = compare([single], {"loss": {"nats": 1.9}}, run, {})[0]
-    assert found.margin == pytest.approx(1.96 * 0.0036 * math.sqrt(2)), "two single runs"
+    reach = 1.96 * 0.0036 * math.sqrt(2)  # two single runs
+    assert found.interval == pytest.approx((0.0017 - reach, 0.0017 + reach))
     assert (near.within_noise, far.within_noise, far.better, near.why) == (True, False, False, ())
     unknown = next(f for f in of_preset("shakespeare-char"))
     found = compare([unknown], {"loss": {"nats": 1.5}}, run, {})[0]
@@ -74,6 +85,7 @@ def test_a_loss_is_judged_by_the_spread_over_seeds() -> None:
         ({"tokenizer": "bpe of 512"}, "other tokens: theirs are chars, this run's bpe of 512"),
         ({"tokenizer": None}, "other tokens: theirs are chars, this run's not known"),
         ({"held_out": "0.5"}, "another part held out: theirs is 0.1, this run's 0.5"),
+        ({"windows": (64, 16)}, "other windows: theirs of 64 tokens, end to end, this run's of 64, 16 apart"),
         ({"changed": {"data.dedup": (False, True)}}, "other targets than the recipe's: data.dedup"),
         ({"changed": {"tokenizer.name": ("chars", "bpe")}}, "other targets than the recipe's: tokenizer.name"),
         ({"changed": {"data.val_source": (None, "x")}}, "other targets than the recipe's: data.val_source"),
@@ -85,17 +97,17 @@ def test_a_loss_over_other_targets_is_not_judged(other: dict[str, object], why: 
     ours = {"loss": {"nats": 1.9036}}
     loss = next(f for f in of_preset("shakespeare-char-cpu") if f.value == 1.9036)
     found = compare([loss], ours, run, {})[0]
-    assert (found.comparable, found.within_noise, found.margin) == (False, None, None) and why in found.why
+    assert (found.comparable, found.within_noise, found.interval) == (False, None, None) and why in found.why
     assert found.as_dict()["comparable"] is False and "not comparable" in table([found]).splitlines()[1]
-    assert not beside(ours, run, every=True)
+    assert loss not in [c.published for c in beside(ours, run, every=True)]
 
 
 def test_another_rule_is_not_judged() -> None:
     """GPT-2's LAMBADA with its filter of stop words, GPT-3's HellaSwag on its own prompt; lm-eval's own figure is."""
     filtered, plain = (f for f in figures("lambada") if (f.model, f.figure) == ("GPT-2 124M", "acc"))
-    values = {"acc": 0.4599, "acc_stderr": 0.0069}
+    values = {"acc": 0.4599, "acc_stderr": 0.0069, "rows": 5_153}
     found = compared(filtered, values)
-    assert (found.within_noise, found.margin, found.comparable) == (None, None, False)
+    assert (found.within_noise, found.interval, found.comparable) == (None, None, False)
     assert found.why[0] == f"not comparable: {filtered.caveat}" and "not comparable" in table([found])
     assert compared(plain, values).within_noise is False
     gpt3 = next(f for f in figures("hellaswag") if f.model == "GPT-3 125M")
@@ -106,13 +118,15 @@ def test_a_perplexity_without_a_standard_error_has_ours_in_proportion() -> None:
     """Not none: it is an estimate from as many rows."""
     theirs = next(f for f in figures("lambada") if f.value == 10.634)
     found = compared(theirs, {"perplexity": 20.0, "perplexity_stderr": 0.4})
-    assert found.margin == pytest.approx(1.96 * math.hypot(0.4, 10.634 * 0.4 / 20.0))
+    low, high = ratio_interval(20.0, 0.4, 10.634, 10.634 * 0.4 / 20.0)
+    assert found.interval == pytest.approx((10.634 * (low - 1), 10.634 * (high - 1)))
     assert "its standard error was not published: taken as ours in proportion" in found.why
     known = next(f for f in figures("lambada") if f.value == 40.0554)
-    assert compared(known, {"perplexity": 20.0, "perplexity_stderr": 0.4}).margin == pytest.approx(
-        1.96 * math.hypot(0.4, 1.4787)
+    low, high = ratio_interval(20.0, 0.4, 40.0554, 1.4787)
+    assert compared(known, {"perplexity": 20.0, "perplexity_stderr": 0.4}).interval == pytest.approx(
+        (40.0554 * (low - 1), 40.0554 * (high - 1))
     )
-    assert compared(theirs, {"perplexity": 20.0}).margin is None
+    assert compared(theirs, {"perplexity": 20.0}).interval is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -186,7 +200,7 @@ def test_the_tables_say_the_same() -> None:
         assert part in text and part in page
     assert page.startswith("# a title\n\n|  | published | ours | difference | within noise? |\n| --- |")
     assert all(c.published.source in page for c in found)
-    assert max(len(line) for line in text.splitlines()[: len(found) + 1]) < 130
+    assert max(len(line) for line in text.splitlines()[: len(found) + 1]) < 140
 
 
 def test_a_reason_that_all_share_is_said_once() -> None:

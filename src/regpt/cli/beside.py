@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from regpt.cli.parse import CommonArgs, Output
+from regpt.data.download import offline, reachable
 from regpt.durations import duration
 from regpt.errors import ConfigError
 from regpt.evals.compare import (
@@ -18,11 +20,13 @@ from regpt.evals.compare import (
     aligned,
     beside,
     columns,
+    comparisons,
     held_out,
     sources,
     tokens_of,
     written,
 )
+from regpt.evals.names import LOSS
 from regpt.paths import user_path
 
 if TYPE_CHECKING:
@@ -64,6 +68,9 @@ def open_harness(args: BesideArgs, out: Output) -> HarnessTasks | None:
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise ConfigError("--num-fewshot is out of range.", got=args.num_fewshot, expected="0 or more")
     out.info(f"lm-eval reads its tasks: {', '.join(names)}")
+    if not offline() and not reachable():  # asked once here: the hub's own library tries for minutes
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when lm-eval is imported
+        out.info("the hub is out of reach: only what lies in its cache, or in --harness-tasks")
     from regpt.adapters.lm_eval import open_tasks
 
     folder = None if args.harness_tasks is None else user_path(args.harness_tasks)
@@ -142,12 +149,17 @@ def harness_table(found: Mapping[str, Values]) -> str:
 
 
 def published_beside(
-    args: BesideArgs, ours: Mapping[str, Values], loaded: Loaded, text: Text | None
+    args: BesideArgs,
+    ours: Mapping[str, Values],
+    loaded: Loaded,
+    text: Text | None,
+    windows: tuple[int, int],
 ) -> list[Comparison]:
     """Published figures of what was evaluated, as --published asks for.
 
     Args:
         text: what the loss is of; None: some text that is not known by name.
+        windows: of a loss: tokens in one, and how far apart they begin.
     """
     from regpt.models.count import count_parameters
 
@@ -157,15 +169,22 @@ def published_beside(
         parameters=count_parameters(loaded.config, loaded.tokenizer.vocab_size).total,
         corpus=text.corpus if text else None,
         held_out=text.held_out if text else None,
+        windows=windows,
         tokenizer=tokens_of(loaded.tokenizer.kind, loaded.tokenizer.vocab_size),
     )
     return beside(ours, run, every=args.published == "all")
 
 
-def table(args: BesideArgs, results: Sequence[TaskResult], found: Sequence[Comparison]) -> str:
+def table(
+    args: BesideArgs, results: Sequence[TaskResult], found: Sequence[Comparison], windows: tuple[int, int]
+) -> str:
     """A line for every figure of ours, with its interval and published ones beside it; below what was scored, and sources."""
     lines = [aligned(columns(results, found if args.published == "nearest" else []))]
-    lines += [f"{r.task}: {r.rows:,} {r.counted} in {duration(r.seconds)}" for r in results]
+    for r in results:
+        how = f", windows of {windows[0]:,}, {windows[1]:,} apart" if r.task == LOSS else ""
+        lines.append(f"{r.task}: {r.rows:,} {r.counted}{how}, in {duration(r.seconds)}")
+    if found and args.published == "all":
+        lines += ["", comparisons(found)]
     if found:
         lines += ["", "published:", *(f"  {line}" for line in sources(found))]
     return "\n".join(lines)

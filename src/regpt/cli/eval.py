@@ -50,7 +50,7 @@ class Args(BesideArgs):
     data: str | None = None
     """The tasks' file, or a folder with theirs (docs/evaluation.md). None: downloaded once into regpt's cache."""
     rows: int | None = None
-    """Of each task, the first so many rows only."""
+    """Of each task, the first so many rows only: questions, passages, or WikiText's pages."""
     split: str | None = None
     """Of the loss: a shard directory[:split], or a text file. None: the run's own validation split."""
     context: int | None = None
@@ -101,9 +101,10 @@ def main(argv: list[str]) -> int:
             values["harness"] = evaluation.by_harness(harness)
     ours = {result.task: values[result.task] for result in results}
     text = text_of_run(loaded) if args.split is None else None
-    found = published_beside(args, ours, loaded, text)
+    windows = (evaluation.context, evaluation.stride)
+    found = published_beside(args, ours, loaded, text, windows)
     values["published"] = [comparison.as_dict() for comparison in found]
-    lines = [table(args, results, found)] if results else []
+    lines = [table(args, results, found, windows)] if results else []
     lines += [harness_table(values["harness"])] if harness is not None else []
     out.info(f"{loaded.path.name} of {args.run}, {machine.device} {args.dtype}")
     out.result(values, "\n".join(lines))
@@ -138,6 +139,13 @@ def check(args: Args) -> list[str]:
     for option, value in (("--rows", args.rows), ("--batch-tokens", args.batch_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} is out of range.", got=value, expected="1 or more")
+    for option, given in (("--context", args.context), ("--stride", args.stride), ("--split", args.split)):
+        if given is not None and LOSS not in names:
+            raise ConfigError(
+                f"{option} belongs to the loss, which was not asked for.", hint="--tasks loss,…"
+            )
+    if args.rows is not None and args.harness is None and names == [LOSS]:
+        raise ConfigError("--rows belongs to tasks; the loss is always of the whole split.", got=args.rows)
     if args.out is not None and not user_path(args.out).absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {user_path(args.out).absolute().parent}.")
     if args.out is not None and user_path(args.out).is_dir():
@@ -167,7 +175,18 @@ class Evaluation:
             check_windows(model, self.context, self.stride)
             self.split = open_split(args, self.loaded)
         data = user_path(args.data) if args.data is not None else None
-        self.tasks: dict[str, Task] = {n: open_task(n, data, args.rows) for n in names if n != LOSS}
+        self.tasks: dict[str, Task] = {}
+        missing: list[DataError] = []
+        for name in (n for n in names if n != LOSS):
+            try:
+                self.tasks[name] = open_task(name, data, args.rows)
+            except DataError as e:
+                missing.append(e)
+        if missing:  # all of them at once
+            more = "".join(f"\n  and: {e.what}" for e in missing[1:])
+            raise DataError(
+                missing[0].what + more, got=missing[0].got, expected=missing[0].expected, hint=missing[0].hint
+            )
         self.parts: dict[str, Parts] = {
             name: task.requests(tokenizer, self.loaded.config.block_size) for name, task in self.tasks.items()
         }
@@ -176,7 +195,11 @@ class Evaluation:
 
     def results(self) -> list[TaskResult]:
         """Of every task, in the order asked for."""
-        return [self._loss() if name == LOSS else self._task(name) for name in self.names]
+        found = []
+        for name in self.names:
+            found.append(result := self._loss() if name == LOSS else self._task(name))
+            self.out.info(f"{name} {result.headline}: {result.figures[result.headline].value:.4f}")
+        return found
 
     def about(self, name: str) -> dict[str, Any]:
         """What belongs to a task's figures in JSON."""

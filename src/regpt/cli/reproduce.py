@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ import tyro
 
 from regpt.cli.beside import text_of
 from regpt.cli.parse import CommonArgs, Output, finite, parse, preset_and_rest, program
-from regpt.cli.train import Screen
+from regpt.cli.train import Screen, write_run_report
 from regpt.config import Config, Preset, differences, load_preset
 from regpt.durations import duration
-from regpt.errors import DataError, UsageError
+from regpt.errors import DataError, Interrupted, UsageError
 from regpt.evals.compare import Comparison, Run, Values, compare, markdown, table, tokens_of
 from regpt.evals.names import LOSS
 from regpt.evals.published import of_preset, tasks_of
@@ -60,16 +61,18 @@ class Args(CommonArgs):
 
 def main(argv: list[str]) -> int:
     """`regpt reproduce`."""
-    if argv and argv[0].startswith("-") and not {"-h", "--help"} & set(argv):
+    if (not argv or argv[0].startswith("-")) and not {"-h", "--help"} & set(argv):
         raise UsageError(
-            "regpt reproduce asks which preset.", got=argv[0], hint="regpt reproduce PRESET …; regpt presets"
+            "regpt reproduce asks which preset.",
+            got=argv[0] if argv else "none",
+            hint="regpt reproduce PRESET …; regpt presets",
         )
     name, rest = preset_and_rest(argv)
     preset = load_preset(name)
     args = parse(
         Args,
         rest,
-        prog="regpt reproduce",
+        prog="regpt reproduce PRESET",
         description=f"{__doc__}\n\nPreset {preset.name}: {preset.about.summary}. Other presets: regpt presets",
         default=Args(config=preset.config),
     )
@@ -89,7 +92,15 @@ def main(argv: list[str]) -> int:
         result = train(args.config, out, fresh=args.fresh, listen=screen.hear)
     if not main_rank:
         return 0
-    ours, run = evaluated(args, preset, out, tasks, skipped, result.tokens, screen.out)
+    write_run_report(out, screen.out)
+    try:
+        ours, run = evaluated(args, preset, out, tasks, skipped, result.tokens, screen.out)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped while the tasks were evaluated; the run is trained and saved.",
+            signum=signal.SIGINT,
+            hint="the same command evaluates it (without --fresh)",
+        ) from None
     found = compare(of_preset(preset.name), ours, run, skipped)
     values = as_dict(preset, result, run, ours, found, skipped)
     write(out, preset, values, found)
@@ -169,6 +180,7 @@ def evaluated(
     }
     vocab_size = loaded.tokenizer.vocab_size
     run = Run(
+        windows=(loaded.config.block_size, loaded.config.block_size),
         parameters=count_parameters(loaded.config, vocab_size).total,
         corpus=corpus,
         tokenizer=tokens_of(loaded.tokenizer.kind, vocab_size),

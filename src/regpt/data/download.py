@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import os
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -51,9 +52,23 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 PART, LOCK = ".part", ".lock"
 
 
+HUB = "https://huggingface.co"
+
+
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE says that no server is to be asked."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def reachable(timeout_s: float = 5.0) -> bool:
+    """Whether the hub, or the mirror in its place (HF_ENDPOINT), takes a connection."""
+    parts = urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout_s):
+            return True
+    except OSError:
+        return any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY"))  # asked by other ways
 
 
 class Unreachable(DataError):

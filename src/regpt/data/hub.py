@@ -32,6 +32,7 @@ from urllib.parse import quote, urlsplit
 
 from regpt.data.download import (
     ATTEMPTS,
+    HUB,
     LOCK,
     PART,
     Client,
@@ -50,7 +51,6 @@ from regpt.tokenizers.download import cache_folder
 from regpt.tokenizers.files import write_file
 from regpt.train.durable import make_folder
 
-HUB = "https://huggingface.co"
 PREFIX = "hf:"
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>[^@]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")

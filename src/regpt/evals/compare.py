@@ -1,7 +1,7 @@
 """A run's figures beside published ones: how far apart, whether that is more than chance, and why, where that is known.
 
 Chance means two things. A share of right answers, or a perplexity over rows, is an estimate from so many rows: two of them
-are told apart where they differ by more than 1.96 standard errors of the difference. A loss over a whole split is exact for
+are told apart where the interval of their difference does not hold 0 (`chance.py`). A loss over a whole split is exact for
 one run, and differs between runs that differ in nothing but the seed: it is told apart by the spread of such runs, where
 somebody measured it. Where neither is known the answer is that nobody knows. And what is no measure of the same thing
 (other text, other tokens, another held-out part, another rule) is not judged at all. No torch here.
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from regpt.config import VAL_FRACTION
-from regpt.evals.chance import NORMAL_95
+from regpt.evals.chance import NORMAL_95, Interval, ratio_interval, share_difference
 from regpt.evals.figures import TaskResult
 from regpt.evals.names import LOSS
-from regpt.evals.published import LOWER_IS_BETTER, Published, figures, nearest_gpt2
+from regpt.evals.published import LOWER_IS_BETTER, SHARES, Published, figures, nearest_gpt2
 
 SAME_SIZE = 1.03  # times as large, at most: padding and biases do not make another size
 ALIKE = 2.0  # times as large, at most: what stands beside a run where no GPT-2 was measured on its text
@@ -40,6 +40,8 @@ class Run:
     """What its tokens are, as `tokens_of` says it."""
     held_out: str | None = None
     """Which part of the text was held out, as `held_out` says it."""
+    windows: tuple[int, int] | None = None
+    """Of a loss: tokens in a window, and how far apart windows begin."""
     tokens: int | None = None
     """That it was trained on."""
     changed: Mapping[str, tuple[Any, Any]] | None = None
@@ -72,8 +74,8 @@ class Comparison:
     ours: float | None
     """None: not evaluated."""
     stderr: float | None
-    margin: float | None
-    """A difference up to which chance explains it; None: nobody knows."""
+    interval: Interval | None
+    """Where the difference lies with 95 % confidence, by chance alone; None: nobody knows."""
     why: tuple[str, ...]
     """What makes the two differ, as far as it is known."""
     comparable: bool = True
@@ -87,11 +89,11 @@ class Comparison:
     @property
     def within_noise(self) -> bool | None:
         """Whether chance explains the difference; None: nobody knows, or ours is no number."""
-        if self.difference is None or self.margin is None:
+        if self.difference is None or self.interval is None:
             return None
-        if not (math.isfinite(self.difference) and math.isfinite(self.margin)):
+        if not all(map(math.isfinite, (self.difference, *self.interval))):
             return None
-        return abs(self.difference) <= self.margin
+        return self.interval[0] <= 0 <= self.interval[1]
 
     @property
     def better(self) -> bool | None:
@@ -109,7 +111,7 @@ class Comparison:
             "ours": self.ours,
             "stderr": self.stderr,
             "difference": self.difference,
-            "margin": self.margin,
+            "interval": self.interval,
             "comparable": self.comparable,
             "within_noise": self.within_noise,
             "why": list(self.why),
@@ -132,30 +134,35 @@ def compare(
 def _compared(p: Published, values: Values | None, run: Run, skipped: Mapping[str, str]) -> Comparison:
     if values is None or values.get(p.figure) is None:
         why = skipped.get(p.task, f"this evaluation gives no {p.figure}")
-        return Comparison(published=p, ours=None, stderr=None, margin=None, why=(f"not evaluated: {why}",))
+        return Comparison(published=p, ours=None, stderr=None, interval=None, why=(f"not evaluated: {why}",))
     stderr, ours = values.get(f"{p.figure}_stderr"), float(values[p.figure])
     comparable = p.trusted and p.comparable and not _other_targets(p, run)
     return Comparison(
         published=p,
         ours=ours,
         stderr=stderr,
-        margin=_margin(p, ours, stderr) if comparable else None,
+        interval=_interval(p, ours, stderr, values.get("rows")) if comparable else None,
         why=tuple(_reasons(p, values, run)),
         comparable=comparable,
     )
 
 
-def _margin(p: Published, ours: float, stderr: float | None) -> float | None:
-    """A difference that chance alone exceeds once in twenty times; None: nobody knows."""
-    if p.task == LOSS:
-        # Of one more run, from the mean of so many: a prediction interval.
-        return None if p.seed_sd is None else NORMAL_95 * p.seed_sd * math.sqrt(1 + 1 / p.runs)
-    if stderr is None or not math.isfinite(ours):
+def _interval(p: Published, ours: float, stderr: float | None, rows: int | None) -> Interval | None:
+    """Where the difference lies, ours minus theirs; None: nobody knows."""
+    if not math.isfinite(ours):
         return None
-    theirs = p.error
-    if theirs is None:  # published without one: as large as ours in proportion, since it is an estimate, too
-        theirs = abs(p.value) * stderr / abs(ours) if ours else None
-    return None if theirs is None else NORMAL_95 * math.hypot(stderr, theirs)
+    if p.task == LOSS:
+        if p.seed_sd is None:
+            return None
+        # Of one more run, from the mean of so many: a prediction interval.
+        reach = NORMAL_95 * p.seed_sd * math.sqrt(1 + 1 / p.runs)
+        return ours - p.value - reach, ours - p.value + reach
+    if p.figure in SHARES:
+        return share_difference(ours, rows, p.value, p.rows) if rows and p.rows else None
+    if stderr is None or not math.isfinite(stderr) or ours <= 0:
+        return None
+    low, high = ratio_interval(ours, stderr, p.value, p.error)
+    return p.value * (low - 1), p.value * (high - 1)
 
 
 def _other_targets(p: Published, run: Run) -> list[str]:
@@ -170,6 +177,11 @@ def _other_targets(p: Published, run: Run) -> list[str]:
     if p.held_out is not None and p.held_out != run.held_out:
         found.append(
             f"another part held out: theirs is {p.held_out}, this run's {run.held_out or 'not known'}"
+        )
+    if run.windows is not None and p.context is not None and run.windows != (p.context, p.context):
+        length, apart = run.windows
+        found.append(
+            f"other windows: theirs of {p.context:,} tokens, end to end, this run's of {length:,}, {apart:,} apart"
         )
     changed = [name for name in run.changed or () if name.startswith(TARGETS)]
     if changed and not found:
@@ -262,14 +274,14 @@ def columns(results: Iterable[TaskResult], found: Iterable[Comparison]) -> list[
 
 
 def sources(found: Iterable[Comparison]) -> list[str]:
-    """Where the figures come from and what stands against comparing them, a line each."""
-    lines = []
-    for c in found:
-        p = c.published
-        line = f"{p.model}, {p.task} {p.figure} {written(p.figure, p.value)}: {p.source}"
-        mind = p.caveat if p.comparable else f"not comparable: {p.caveat}"
-        lines.append(line + (f"; {mind}" if mind else "") + ("" if p.trusted else f" ({p.standing})"))
-    return lines
+    """Where the figures come from and what stands against comparing them, a line each; what holds for all of them last."""
+    found = list(found)
+    shared = _shared(found)
+    lines = [
+        "; ".join([f"{_name(c)}: {c.published.source}", *(why for why in c.why if why not in shared)])
+        for c in found
+    ]
+    return lines + [f"all of them: {why}" for why in shared]
 
 
 # --- `regpt reproduce`: published, ours, the difference, and whether chance explains it -------------------------------
@@ -301,16 +313,22 @@ def _verdict(c: Comparison) -> str:
         return "not comparable"
     if c.within_noise is None:
         return "not known"
-    if c.within_noise:
-        return f"yes (±{c.margin:.4f})"
-    return f"no: {'better' if c.better else 'worse'} (±{c.margin:.4f})"
+    assert c.interval is not None
+    places = 2 if "perplexity" in c.published.figure else 4
+    ends = ", ".join(f"{end:+.{places}f}" for end in c.interval)
+    return ("yes" if c.within_noise else f"no: {'better' if c.better else 'worse'}") + f" [{ends}]"
+
+
+def comparisons(found: Iterable[Comparison]) -> str:
+    """Published, ours, the difference and the verdict, a line each."""
+    return aligned([HEAD, *verdicts(found)])
 
 
 def table(found: Iterable[Comparison]) -> str:
     """For a terminal, reasons below: what holds for all of them once."""
     found = list(found)
     shared = _shared(found)
-    lines = [aligned([HEAD, *verdicts(found)])]
+    lines = [comparisons(found)]
     if shared:
         lines += ["why, for all of them", *(f"  {reason}" for reason in shared)]
     for c in found:

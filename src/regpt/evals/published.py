@@ -63,6 +63,8 @@ class Published:
     held_out: str | None = None
     """Of a loss, the held-out part: a share, or a split's name (`compare.held_out`). None: not one that we can draw; the
     caveat says so."""
+    context: int | None = None
+    """Of a loss over a whole split, the tokens in a window; windows follow end to end."""
     tokens: int | None = None
     """That the model was trained on."""
     rows: int | None = None
