@@ -250,6 +250,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     for name in ("HOME", "XDG_CACHE_HOME", "REGPT_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "empty"))
     monkeypatch.setenv("REGPT_GPT2_FILES", str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # tasks of presets would be asked for again and again
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which a launch would set
     asked = SimpleNamespace(launched=False, short_of_memory=False)
 

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 from logs import evaluation, extreme_run, steps, write_run
 
-import regpt.evals.names
 from regpt.cli import main
 from regpt.config import load_preset
 from regpt.errors import UsageError
-from regpt.evals.names import HEADLINES
 from regpt.report.charts import BUCKETS, OF_BUCKET, labels, said, ticks
 from regpt.report.history import read_histories
 from regpt.report.page import ALONE, MARK, page, update
@@ -186,15 +184,6 @@ def test_a_second_figure_stands_only_beside_published_ones(tmp_path: Path) -> No
         if name.startswith("hellaswag")
     ]
     assert [line["y"] for line in chart["lines"]] == [[0.29]] and chart["unit"] == "acc_norm, 500 rows"
-
-
-def test_every_task_has_the_headline_that_its_evaluation_gives_it() -> None:
-    """A second path: what the tasks themselves say, where they are opened."""
-    source = "".join(
-        (Path(regpt.evals.names.__file__).parent / f"{name}.py").read_text()
-        for name in ("choices", "lambada", "wikitext")
-    )
-    assert dict(re.findall(r'name="(\w+)", headline="(\w+)"', source)) == HEADLINES
 
 
 def test_a_comparison_says_means_settings_and_cautions(tmp_path: Path) -> None:

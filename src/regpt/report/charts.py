@@ -100,11 +100,7 @@ def charts(histories: Sequence[History]) -> list[Chart]:
         )
     ]
     if several:
-        made.append(
-            _one(
-                histories, "val_bits_per_byte", "Validation, bits per byte", "bits per byte of text", "sparse"
-            )
-        )
+        made.append(_one(histories, "val_bits_per_byte", "Validation", "bits per byte of text", "sparse"))
     made += [
         _one(histories, "lr", "Learning rate", "", "plain", log=True),
         _one(histories, "grad_norm", "Gradient norm", "before clipping", "noisy", log=True),

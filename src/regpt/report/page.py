@@ -150,7 +150,9 @@ def _headline(history: History, price: float | None) -> str:
     ]
     for task, scores in s["tasks"].items():
         if (figure := headline(task, scores)) is not None:
-            tiles.append((task, _figure(scores[figure]), figure))
+            error, rows = scores.get(f"{figure}_stderr"), history.rows.get(task)
+            parts = [f"± {error:.4f}" if error is not None else "", f"{rows:,} rows" if rows else ""]
+            tiles.append((task, _figure(scores[figure]), " ".join([figure, ", ".join(filter(None, parts))])))
     made = [
         f'<div class="tile{" first" if i == 0 else ""}"><span>{_text(t[0])}</span><b>{_text(t[1])}</b>'
         f"<span>{_text(t[2])}</span></div>"
@@ -182,7 +184,11 @@ def _compared(histories: Sequence[History], price: float | None) -> str:
     for name in names:
         cells = "".join(f'<td class="n">{_text(_spread(name, c.get(name)))}</td>' for c in columns)
         rows.append(f"<tr><th>{_text(NUMBERS.get(name, name.replace('.', ' ')))}</th>{cells}</tr>")
-    explained = (
+    alone = any(
+        len(g["runs"]) == 1 and any("." in n for n in c) for g, c in zip(of_groups, columns, strict=True)
+    )
+    explained = "<p class='soft'>Beside a single run's score stands its standard error.</p>" if alone else ""
+    explained += (
         "<p class='soft'>Runs that differ only in the seed stand together: mean ± sample standard deviation over "
         "the n finished ones, of one seed the last.</p>"
         if seeds
@@ -195,12 +201,22 @@ def _compared(histories: Sequence[History], price: float | None) -> str:
 
 
 def _column(group: dict[str, Any], first: History, price: float | None) -> dict[str, dict[str, float | None]]:
-    """What stands under a group: means; of a run that is alone and on its way, how far it has come."""
-    if group["n"] or len(group["runs"]) > 1:
+    """What stands under a group: means; of a run that is alone its own, with standard errors where they are known."""
+    if len(group["runs"]) > 1:
         found: dict[str, dict[str, float | None]] = group["figures"]
         return found
-    so_far = flat_figures(summary(first, price))
-    return {name: {"mean": value, "spread": None} for name, value in so_far.items() if value is not None}
+    own = summary(first, price)
+    errors = {
+        f"{task}.{name.removesuffix('_stderr')}": value
+        for task, scores in own["tasks"].items()
+        for name, value in scores.items()
+        if name.endswith("_stderr")
+    }
+    return {
+        name: {"mean": value, "spread": errors.get(name)}
+        for name, value in flat_figures(own).items()
+        if value is not None
+    }
 
 
 def _seeds(group: dict[str, Any]) -> str:
@@ -231,6 +247,8 @@ def _spread(name: str, figure: dict[str, Any] | None) -> str:
             return exponent(value)
         if name in ("step", "tokens", "tokens_per_second"):
             return f"{value:,.0f}" if abs(value) < 1e6 else said(value)
+        if name.endswith("perplexity"):
+            return said(value)
         return f"{value:.2%}" if name == "mfu" else f"{value:,.2f}" if name == "cost" else f"{value:.4f}"
 
     return text(mean) + (f" ± {text(spread)}" if spread is not None else "")
